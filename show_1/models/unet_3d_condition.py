@@ -1,0 +1,169 @@
+"""The video UNet of all four video stages: diffusers' 2D UNet with temporal layers between its spatial ones.
+
+One class reads the configurations of both families: `SimpleCrossAttn…3D` (pixel stages, text beside the image tokens as
+in DeepFloyd IF) and `CrossAttn…3D` (latent upscale, text in its own attention as in ModelScope and ZeroScope). Source:
+arXiv 2309.15818, section 3, and the configurations of the showlab/show-1-* repositories.
+"""
+
+import inspect
+from itertools import zip_longest
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import Downsample2D, TemporalConvLayer, Upsample2D
+from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import nn
+
+
+class VideoBlock(nn.Module):
+    """A down, mid or up block: the layers of diffusers' 2D block, each followed by a temporal layer.
+
+    ResNet → temporal convolution → attention → temporal transformer, as often as the 2D block has ResNets; then the 2D
+    block's down- or upsampler, which has no temporal layer.
+    """
+
+    def __init__(self, block: nn.Module, heads: int, norm_num_groups: int):
+        super().__init__()
+        self.resnets = block.resnets
+        # 32 groups whatever the configuration says: the original's temporal convolution knows no other number.
+        self.temp_convs = nn.ModuleList(
+            TemporalConvLayer(resnet.out_channels, dropout=0.1, norm_num_groups=32) for resnet in block.resnets
+        )
+        self.attentions = getattr(block, "attentions", nn.ModuleList())
+        channels = block.resnets[-1].out_channels
+        self.temp_attentions = nn.ModuleList(
+            TransformerTemporalModel(
+                # In the pixel family `heads` is the *size* of the spatial attention's heads, yet the number of the
+                # temporal attention's: the released weights were trained so.
+                num_attention_heads=heads,
+                attention_head_dim=channels // heads,
+                in_channels=channels,
+                norm_num_groups=norm_num_groups,
+            )
+            for _ in self.attentions
+        )
+        self.downsamplers = getattr(block, "downsamplers", None)
+        self.upsamplers = getattr(block, "upsamplers", None)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        text: torch.Tensor,
+        num_frames: int,
+        skips: list[torch.Tensor] | None = None,
+        upsample_size: torch.Size | None = None,
+    ) -> list[torch.Tensor]:
+        """Return the hidden states after each layer, (batch·frames, channels, height, width); the last is the block's.
+
+        An up block takes from the end of `skips` one tensor a ResNet.
+        """
+        outputs = []
+        for resnet, temp_conv, attention, temp_attention in zip_longest(
+            self.resnets, self.temp_convs, self.attentions, self.temp_attentions
+        ):
+            if skips is not None:
+                hidden_states = torch.cat([hidden_states, skips.pop()], dim=1)
+            hidden_states = temp_conv(resnet(hidden_states, temb), num_frames=num_frames)
+            if attention is not None:
+                attended = attention(hidden_states, encoder_hidden_states=text)
+                hidden_states = attended if isinstance(attention, Attention) else attended.sample
+                hidden_states = temp_attention(hidden_states, num_frames=num_frames).sample
+            outputs.append(hidden_states)
+        for sampler in (*(self.downsamplers or ()), *(self.upsamplers or ())):
+            if isinstance(sampler, Upsample2D):
+                hidden_states = sampler(hidden_states, upsample_size)
+            elif isinstance(sampler, Downsample2D):
+                hidden_states = sampler(hidden_states)
+            else:  # the pixel family resamples within a ResNet, which wants the time embedding
+                hidden_states = sampler(hidden_states, temb)
+            outputs.append(hidden_states)
+        return outputs
+
+
+class UNet3DConditionModel(UNet2DConditionModel):
+    """Predicts the noise of a video; `UNet2DConditionModel` whose every constructor field keeps its meaning.
+
+    Block types carry their 3D names (`SimpleCrossAttnDownBlock3D` for `SimpleCrossAttnDownBlock2D`).
+    `transfromer_in_opt` (spelt so in the released files) puts a temporal transformer right after `conv_in`.
+    """
+
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
+    def __init__(self, transfromer_in_opt: bool = False, **config):
+        block_types = {
+            key: config[key] for key in ("down_block_types", "mid_block_type", "up_block_types") if key in config
+        }
+        super().__init__(**config | {key: _to_2d(value) for key, value in block_types.items()})
+        self.register_to_config(**block_types)
+
+        heads = self.config.attention_head_dim
+        heads = [heads] * len(self.down_blocks) if isinstance(heads, int) else list(heads)
+        groups = self.config.norm_num_groups
+        self.transformer_in = (
+            TransformerTemporalModel(num_attention_heads=8, attention_head_dim=64, in_channels=self.conv_in.out_channels)
+            if transfromer_in_opt
+            else None
+        )
+        self.down_blocks = nn.ModuleList(map(lambda b, h: VideoBlock(b, h, groups), self.down_blocks, heads))
+        self.mid_block = VideoBlock(self.mid_block, heads[-1], groups)
+        self.up_blocks = nn.ModuleList(map(lambda b, h: VideoBlock(b, h, groups), self.up_blocks, reversed(heads)))
+
+    @staticmethod
+    def _get_init_keys(input_class: type) -> set[str]:
+        # diffusers reads the configuration's fields off the constructor; ours takes those of the 2D model as they are.
+        return {"transfromer_in_opt", *inspect.signature(UNet2DConditionModel.__init__).parameters}
+
+    @property
+    def frame_multiple(self) -> int:
+        """What the frames' height and width must be multiples of; 1 where the upsamplers adapt to any size."""
+        adapts = all(isinstance(s, Upsample2D) for block in self.up_blocks for s in block.upsamplers or ())
+        return 1 if adapts else 2**self.num_upsamplers
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        encoder_hidden_states: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
+        """Return the prediction, (batch, out_channels, frames, height, width).
+
+        `sample` is (batch, in_channels, frames, height, width), noise-like, about [−1, 1] where it is clean; `timestep`
+        0…999, one for all or one a clip; `encoder_hidden_states` the text, (batch, tokens, features);
+        `class_labels` the noise level of the condition, (batch,) in 0…999, for the pixel upscale alone.
+        """
+        num_frames = sample.shape[2]
+        temb = self.time_embedding(self.get_time_embed(sample, timestep))
+        for embedding in (
+            self.get_class_embed(sample, class_labels),
+            self.get_aug_embed(temb, encoder_hidden_states, {}),
+        ):
+            temb = temb if embedding is None else temb + embedding
+        temb = temb if self.time_embed_act is None else self.time_embed_act(temb)
+        temb = temb.repeat_interleave(num_frames, dim=0)
+        text = self.process_encoder_hidden_states(encoder_hidden_states, {}).repeat_interleave(num_frames, dim=0)
+
+        hidden_states = self.conv_in(sample.transpose(1, 2).flatten(0, 1))
+        if self.transformer_in is not None:
+            hidden_states = self.transformer_in(hidden_states, num_frames=num_frames).sample
+        skips = [hidden_states]
+        for block in self.down_blocks:
+            skips += block(skips[-1], temb, text, num_frames)
+        hidden_states = self.mid_block(skips[-1], temb, text, num_frames)[-1]
+        for block in self.up_blocks:
+            below = len(skips) - len(block.resnets)
+            size = skips[below - 1].shape[-2:] if below else None
+            hidden_states = block(hidden_states, temb, text, num_frames, skips, size)[-1]
+        hidden_states = self.conv_out(self.conv_act(self.conv_norm_out(hidden_states)))
+        prediction = hidden_states.unflatten(0, (-1, num_frames)).transpose(1, 2)
+        return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+
+
+def _to_2d(names: str | list[str] | tuple[str, ...]) -> str | list[str]:
+    return names.replace("3D", "2D") if isinstance(names, str) else [_to_2d(name) for name in names]

@@ -1,0 +1,41 @@
+"""Stage 1: text to a few keyframes, far apart in time."""
+
+from collections.abc import Generator
+
+import torch
+from diffusers import SchedulerMixin
+from transformers import PreTrainedTokenizerBase, T5EncoderModel
+
+from show_1.models import UNet3DConditionModel
+from show_1.stages.denoise import Stage, Step, denoise, prepare
+from show_1.text import TextEmbeddings, encode_t5
+
+
+class KeyframesPipeline(Stage):
+    """Draws the keyframes from noise (arXiv 2309.15818, section 3.2); also holds the T5 that all pixel stages read."""
+
+    model_cpu_offload_seq = "text_encoder->unet"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: T5EncoderModel,
+        unet: UNet3DConditionModel,
+        scheduler: SchedulerMixin,
+    ):
+        super().__init__()
+        self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder, unet=unet, scheduler=scheduler)
+
+    def encode(self, prompt: str) -> TextEmbeddings:
+        """Return the prompt's T5 states, (1, 77, features), and those of the empty negative prompt."""
+        return encode_t5(self.tokenizer, self.text_encoder, prompt, self._execution_device)
+
+    @torch.no_grad()
+    def stream(
+        self, text: TextEmbeddings, *, frames: int, height: int, width: int, steps: int, guidance: float, seed: int
+    ) -> Generator[Step, None, torch.Tensor]:
+        """Yield `steps` steps; return the keyframes, (1, 3, frames, height, width) in [−1, 1]."""
+        scheduler = prepare(self.scheduler, steps, self._execution_device)
+        generator = torch.Generator().manual_seed(seed)
+        sample = self.noise((1, 3, frames, height, width), generator) * scheduler.init_noise_sigma
+        return (yield from denoise(self.unet, scheduler, sample, text, guidance, generator=generator))

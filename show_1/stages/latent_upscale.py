@@ -1,0 +1,85 @@
+"""Stage 4: to the final size, in the latent space of an autoencoder."""
+
+from collections.abc import Generator
+
+import torch
+from diffusers import AutoencoderKL, SchedulerMixin
+from PIL import Image
+from transformers import CLIPTextModel, PreTrainedTokenizerBase
+
+from show_1.models import UNet3DConditionModel
+from show_1.stages.denoise import Stage, Step, denoise, prepare
+from show_1.text import TextEmbeddings, encode_clip
+from show_1.video import from_uint8, to_uint8
+
+
+class LatentUpscalePipeline(Stage):
+    """Enlarges a clip plainly and redraws its detail (arXiv 2309.15818, section 3.5; SDEdit, arXiv 2108.01073)."""
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: CLIPTextModel,
+        vae: AutoencoderKL,
+        unet: UNet3DConditionModel,
+        scheduler: SchedulerMixin,
+    ):
+        super().__init__()
+        self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, unet=unet, scheduler=scheduler)
+
+    def encode(self, prompt: str, negative_prompt: str) -> TextEmbeddings:
+        """Return the CLIP states of both prompts, (1, 77, features) each."""
+        return encode_clip(self.tokenizer, self.text_encoder, prompt, negative_prompt, self._execution_device)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        text: TextEmbeddings,
+        clip: torch.Tensor,
+        *,
+        height: int,
+        width: int,
+        steps: int,
+        strength: float,
+        guidance: float,
+        seed: int,
+    ) -> Generator[Step, None, torch.Tensor]:
+        """Yield the last `int(steps · strength)` steps; return (1, 3, frames, height, width), about [−1, 1].
+
+        `clip` is (1, 3, frames, any height, any width) in [−1, 1]. A step's sample is in latents,
+        (1, 4, frames, height / 8, width / 8); `decode` shows it.
+        """
+        scheduler = prepare(self.scheduler, steps, self._execution_device)
+        timesteps = scheduler.timesteps[-int(steps * strength) :]
+        generator = torch.Generator().manual_seed(seed)
+        latents = self._encode_frames(_resize(clip, height, width), generator)
+        noise = self.noise(latents.shape, generator)
+        latents = scheduler.add_noise(latents, noise, timesteps[:1])
+        sample = latents.transpose(0, 1)[None]
+        latents = yield from denoise(
+            self.unet, scheduler, sample, text, guidance, timesteps=timesteps, generator=generator
+        )
+        return self.decode(latents)
+
+    def _encode_frames(self, frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        frames = frames.to(self._execution_device, self.dtype)
+        # One by one: the encoder's memory grows with its batch, and the draws below are those of one batch all the same.
+        moments = torch.cat([self.vae.encode(frame[None]).latent_dist.parameters for frame in frames])
+        mean, log_variance = moments.chunk(2, dim=1)
+        deviation = (0.5 * log_variance.clamp(-30, 20)).exp()
+        return (mean + deviation * self.noise(mean.shape, generator)) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return the frames of (1, channels, frames, height, width) latents, (1, 3, frames, ...), about [−1, 1]."""
+        frames = latents[0].transpose(0, 1) / self.vae.config.scaling_factor
+        decoded = [self.vae.decode(frame[None]).sample for frame in frames]
+        return torch.cat(decoded).transpose(0, 1)[None]
+
+
+def _resize(clip: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return the clip's frames as 8-bit images enlarged by Pillow's bicubic filter, (frames, 3, height, width)."""
+    images = [Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in to_uint8(clip)]
+    return from_uint8(images)[0].transpose(0, 1)

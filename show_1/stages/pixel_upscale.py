@@ -1,0 +1,121 @@
+"""Stage 3: four times the size in pixels, from a sharp first frame on."""
+
+from collections.abc import Generator
+
+import torch
+import torch.nn.functional as F
+from diffusers import SchedulerMixin, UNet2DConditionModel
+
+from show_1.models import UNet3DConditionModel
+from show_1.stages.denoise import Stage, Step, denoise, prepare
+from show_1.text import TextEmbeddings
+
+SCALE = 4
+WINDOW = 8  # frames at a time; neighbouring windows share one
+
+
+def window_starts(frames: int) -> range:
+    """Return the first frame of each window that covers `frames` frames; the last window may be shorter."""
+    return range(0, max(frames - 1, 1), WINDOW - 1)
+
+
+class PixelUpscalePipeline(Stage):
+    """Enlarges a clip window by window (arXiv 2309.15818, section 3.4).
+
+    Each window is led by one sharp frame: the first by the enlarged first frame, which an image model draws (diffusers'
+    `IFSuperResolutionPipeline`, stage II of DeepFloyd IF), each other one by the last frame of the window before.
+    """
+
+    model_cpu_offload_seq = "first_frame_unet->unet"
+
+    def __init__(
+        self,
+        unet: UNet3DConditionModel,
+        scheduler: SchedulerMixin,
+        image_noising_scheduler: SchedulerMixin,
+        first_frame_unet: UNet2DConditionModel,
+        first_frame_scheduler: SchedulerMixin,
+        first_frame_image_noising_scheduler: SchedulerMixin,
+    ):
+        super().__init__()
+        self.register_modules(
+            unet=unet,
+            scheduler=scheduler,
+            image_noising_scheduler=image_noising_scheduler,
+            first_frame_unet=first_frame_unet,
+            first_frame_scheduler=first_frame_scheduler,
+            first_frame_image_noising_scheduler=first_frame_image_noising_scheduler,
+        )
+
+    @torch.no_grad()
+    def stream_first_frame(
+        self, text: TextEmbeddings, image: torch.Tensor, *, steps: int, guidance: float, noise_level: int, seed: int
+    ) -> Generator[Step, None, torch.Tensor]:
+        """Yield `steps` steps; return the (1, 3, height, width) `image` enlarged, (1, 3, 4·height, 4·width)."""
+        scheduler = prepare(self.first_frame_scheduler, steps, self._execution_device)
+        generator = torch.Generator().manual_seed(seed)
+        enlarged = _enlarge(image)
+        sample = self.noise(enlarged.shape, generator) * scheduler.init_noise_sigma
+        noise = self.noise(enlarged.shape, generator)
+        condition = _add_noise(self.first_frame_image_noising_scheduler, enlarged, noise, noise_level)
+        return (
+            yield from denoise(
+                self.first_frame_unet,
+                scheduler,
+                sample,
+                text,
+                guidance,
+                condition=condition,
+                noise_level=noise_level,
+                generator=generator,
+            )
+        )
+
+    @torch.no_grad()
+    def stream(
+        self,
+        text: TextEmbeddings,
+        clip: torch.Tensor,
+        first_frame: torch.Tensor,
+        *,
+        steps: int,
+        guidance: float,
+        noise_level: int,
+        seed: int,
+    ) -> Generator[Step, None, torch.Tensor]:
+        """Yield `steps` steps a window; return (1, 3, frames, 4·height, 4·width) in [−1, 1].
+
+        `clip` is (1, 3, frames, height, width) and `first_frame` (1, 3, 4·height, 4·width), both in [−1, 1].
+        """
+        windows, lead = [], first_frame
+        for start in window_starts(clip.shape[2]):
+            scheduler = prepare(self.scheduler, steps, self._execution_device)
+            generator = torch.Generator().manual_seed(seed)  # every window draws the same noise
+            window = clip[0, :, start : start + WINDOW].transpose(0, 1)
+            enlarged = _enlarge(window).transpose(0, 1)[None]
+            sample = self.noise(enlarged.shape, generator) * scheduler.init_noise_sigma
+            noise = self.noise(enlarged.shape, generator)
+            condition = _add_noise(self.image_noising_scheduler, enlarged, noise, noise_level)
+            condition[:, :, 0] = lead
+            upscaled = yield from denoise(
+                self.unet,
+                scheduler,
+                sample,
+                text,
+                guidance,
+                condition=condition,
+                noise_level=noise_level,
+                generator=generator,
+            )
+            lead = upscaled[:, :, -1]
+            windows.append(upscaled)
+        # The frame that two windows share is the later one's.
+        return torch.cat([*(window[:, :, :-1] for window in windows[:-1]), windows[-1]], dim=2)
+
+
+def _enlarge(images: torch.Tensor) -> torch.Tensor:
+    return F.interpolate(images, scale_factor=SCALE, mode="bilinear", align_corners=True)
+
+
+def _add_noise(scheduler: SchedulerMixin, clean: torch.Tensor, noise: torch.Tensor, level: int) -> torch.Tensor:
+    return scheduler.add_noise(clean, noise, torch.tensor([level], device=clean.device))
