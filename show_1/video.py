@@ -1,7 +1,37 @@
-"""Clips and video files."""
+"""Clips to frames for people, and frames to a file that plays everywhere, with the settings that made it inside."""
 
+import errno
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
 import numpy as np
 import torch
+
+from show_1.errors import Show1Error
+
+PROGRAM = "show-1"
+ROOM = 8 * 2**20  # bytes; a Show-1 video of pure noise, the worst case, took 4.4 million
+
+# Players take untagged video of this size for BT.601 or BT.709 as they please: convert to one, and say which.
+TO_BT709 = "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int+bitexact"
+TAGGED_BT709 = "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
+
+REINSTALL = (
+    'Bring a working one with "pip install --force-reinstall imageio-ffmpeg", and leave IMAGEIO_FFMPEG_EXE unset.'
+)
+REMEDIES = {
+    errno.ENOENT: "Create the folder first, or choose another.",
+    errno.ENOSPC: "Free some space there, or choose a folder on another disk.",
+    errno.EDQUOT: "Free some space there, or choose a folder on another disk.",
+}
 
 
 def to_uint8(clip: torch.Tensor) -> np.ndarray:
@@ -17,3 +47,119 @@ def from_uint8(frames) -> torch.Tensor:
     """Return (frames, height, width, 3) images of 0…255 as a (1, 3, frames, height, width) clip in [−1, 1]."""
     stack = torch.from_numpy(np.stack([np.asarray(frame) for frame in frames]))
     return (stack.permute(3, 0, 1, 2)[None] / 127.5) - 1
+
+
+def write(path: str | Path, frames: np.ndarray, fps: int, metadata: dict[str, Any]) -> None:
+    """Write frames (frames, height, width, 3), uint8 RGB, as H.264 in MP4; `path` appears only when it is complete.
+
+    `metadata` (anything JSON can hold) comes back from `read_metadata`, with "program" added; "prompt", if in it,
+    becomes the video's title. The same input gives the same bytes.
+
+    Raises Show1Error for an odd height or width, a folder that is missing, full or not writable, and if ffmpeg fails.
+    """
+    path = Path(path)
+    _, height, width, _ = frames.shape
+    if height % 2 or width % 2:
+        raise Show1Error(
+            f"Frames of height {height} and width {width} cannot be stored in {path.name}: H.264 needs even sizes.",
+            "Choose an even height and width for the last stage.",
+        )
+    # A hidden folder beside the result: on the same disk, so that the finished file can be moved into place in one go,
+    # and taken away with all that is in it however this ends.
+    with _writing(path), tempfile.TemporaryDirectory(prefix=f".{PROGRAM}-", dir=path.parent) as scratch:
+        video, tags = Path(scratch, "video.mp4").absolute(), Path(scratch, "tags.txt").absolute()
+        # A file, as the command line may be too short: 128 KiB an argument on Linux, 32 KiB in all on Windows.
+        tags.write_text(_to_tags(metadata), encoding="utf-8", errors="replace", newline="\n")
+        ended = _run_ffmpeg(
+            *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "pipe:0"),
+            *("-f", "ffmetadata", "-i", f"file:{tags}", "-map", "0:v", "-map_metadata", "1"),
+            *("-vf", f"{TO_BT709},{TAGGED_BT709}"),
+            *("-c:v", "libx264", "-crf", "17", "-pix_fmt", "yuv420p", "-movflags", "+faststart"),
+            # No versions in the file, and no number of threads that shapes it.
+            *("-fflags", "+bitexact", "-flags:v", "+bitexact", "-threads", "1"),
+            f"file:{video}",
+            stdin=frames.tobytes(),
+        )
+        if ended.returncode:
+            said = ended.stderr.decode(errors="replace").strip()
+            for full in (errno.ENOSPC, errno.EDQUOT):
+                if os.strerror(full) in said:
+                    raise OSError(full, os.strerror(full))
+            raise Show1Error(f"ffmpeg could not make {path.name}: {said}.", REINSTALL)
+        os.replace(video, path)
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Return the `metadata` that `write` put into the video, with "program".
+
+    They are at the front of the file: a video whose end is cut off still tells them. Raises Show1Error if the file is
+    missing, damaged, no MP4, or was made by another program.
+    """
+    path = Path(path)
+    if not os.path.isfile(path):
+        raise Show1Error(f"There is no file {path}.", "Check the path.")
+    # The format is forced: ffmpeg would otherwise also follow a playlist to wherever it points.
+    read = _run_ffmpeg("-f", "mp4", "-i", f"file:{path.absolute()}", "-f", "ffmetadata", "pipe:1")
+    if read.returncode:
+        raise Show1Error(f"{path} is damaged, or is no MP4 video.", "Choose a video that Show-1 made.")
+    try:
+        metadata = json.loads(_from_tags(read.stdout.decode(errors="replace")).get("comment", ""))
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict) or metadata.get("program") != PROGRAM:
+        raise Show1Error(
+            f"{path} holds no settings: another program made it, or it is damaged.", "Choose a video that Show-1 made."
+        )
+    return metadata
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise Show1Error if `write` to this path would fail: to be asked before the hours that making a video takes."""
+    path = Path(path)
+    if path.suffix.lower() != ".mp4":
+        raise Show1Error(f'The output "{path}" does not end in .mp4.', "Give it a name like video.mp4.")
+    with _writing(path):
+        if path.is_dir():
+            raise Show1Error(f"The output {path} is a folder.", "Give the name of a file in it, like video.mp4.")
+        # Tried rather than asked: permissions, quotas, long names and ffmpeg's abilities all answer in the same way.
+        with tempfile.TemporaryDirectory(prefix=f".{PROGRAM}-", dir=path.parent) as scratch:
+            Path(scratch, "room").write_bytes(bytes(ROOM))
+            write(Path(scratch, path.name), np.zeros((1, 16, 16, 3), np.uint8), fps=1, metadata={})
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Tell what the system has against writing a file there."""
+    try:
+        yield
+    except OSError as error:
+        raise Show1Error(
+            f"{path.name} cannot be written to the folder {path.parent.absolute()}: {os.strerror(error.errno)}.",
+            REMEDIES.get(error.errno, "Choose a folder and name that can be written to."),
+        ) from None
+
+
+def _run_ffmpeg(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess:
+    """Run ffmpeg to its end. It dies with us: `subprocess.run` kills it on any exception, a Ctrl-C too."""
+    try:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-loglevel", "error", *arguments]
+        return subprocess.run(command, input=stdin, capture_output=True)
+    except (OSError, RuntimeError) as error:
+        raise Show1Error(f"ffmpeg cannot be run: {error}.", REINSTALL) from None
+
+
+def _to_tags(metadata: dict[str, Any]) -> str:
+    """Return ffmpeg's text form of tags (https://ffmpeg.org/ffmpeg-formats.html#Metadata)."""
+    tags = {"comment": json.dumps(metadata | {"program": PROGRAM})}
+    if "prompt" in metadata:
+        # A title is one line, of what can be seen. The prompt as it was typed is in the comment.
+        words = " ".join(metadata["prompt"].split())
+        tags["title"] = "".join(character for character in words if character.isprintable())
+    lines = [f"{key}=" + re.sub(r"([=;#\\])", r"\\\1", value) + "\n" for key, value in tags.items()]
+    return ";FFMETADATA1\n" + "".join(lines)
+
+
+def _from_tags(text: str) -> dict[str, str]:
+    """Return the video's own tags; those of its streams follow after a line in brackets."""
+    pairs = re.findall(r"((?:\\.|[^\\=\n])+)=((?:\\.|[^\\\n])*)\n", text.partition("\n[")[0] + "\n", re.DOTALL)
+    return {key: re.sub(r"\\(.)", r"\1", value, flags=re.DOTALL) for key, value in pairs}

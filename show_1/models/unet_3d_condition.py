@@ -10,7 +10,6 @@ from itertools import zip_longest
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import Downsample2D, TemporalConvLayer, Upsample2D
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
@@ -93,13 +92,12 @@ class UNet3DConditionModel(UNet2DConditionModel):
 
     _supports_gradient_checkpointing = False
 
-    @register_to_config
     def __init__(self, transfromer_in_opt: bool = False, **config):
         block_types = {
             key: config[key] for key in ("down_block_types", "mid_block_type", "up_block_types") if key in config
         }
         super().__init__(**config | {key: _to_2d(value) for key, value in block_types.items()})
-        self.register_to_config(**block_types)
+        self.register_to_config(transfromer_in_opt=transfromer_in_opt, **block_types)
 
         heads = self.config.attention_head_dim
         heads = [heads] * len(self.down_blocks) if isinstance(heads, int) else list(heads)

@@ -1,0 +1,317 @@
+"""A cascade is data: which models make a video, and with which settings.
+
+It is read from a TOML file with two keys, `name` and `fps`, and one table a stage. What a setting may be is said once,
+in its type: `Steps` below is an int together with its range and unit; reading, `--set` and every message take it from
+there.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from show_1.errors import Show1Error
+
+BUNDLED = Path(__file__).parent / "cascades"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a setting may be: `words` for people, `kinds` and `accepts` for us. (A bool is no int.)"""
+
+    words: str
+    kinds: tuple[type, ...]
+    accepts: Callable[[Any], bool]
+
+
+def whole(low: int, high: int, unit: str, even: bool = False) -> Rule:
+    words = f"{'an even' if even else 'a'} whole number from {low} to {high} ({unit})"
+    return Rule(words, (int,), lambda value: value in range(low, high + 1, 2 if even else 1))
+
+
+def real(low: float, high: float, unit: str) -> Rule:
+    # An int will do (it becomes a float); nan fails the comparison.
+    return Rule(f"a number from {low} to {high} ({unit})", (float, int), lambda value: low <= value <= high)
+
+
+def text(meaning: str) -> Rule:
+    return Rule(f"a text in quotes, not empty ({meaning})", (str,), lambda value: value.strip() != "")
+
+
+Name = Annotated[str, text("the cascade's name")]
+Rate = Annotated[int, whole(1, 60, "frames per second")]
+Model = Annotated[str, text('a hub id "owner/name", or a folder relative to the TOML file')]
+Variant = Annotated[str | None, text('the variant of the weight files, as "fp16"; leave it out where there is none')]
+Frames = Annotated[int, whole(2, 64, "keyframes")]
+Pixels = Annotated[int, whole(8, 4096, "pixels")]
+EvenPixels = Annotated[int, whole(8, 4096, "pixels; H.264 stores colour for every second one", even=True)]
+Steps = Annotated[int, whole(1, 1000, "denoising steps")]
+Guidance = Annotated[float, real(0, 100, "weight of the prompt; 1 switches guidance off")]
+NoiseLevel = Annotated[int, whole(0, 999, "timestep of the noise added to the condition")]
+# Above 0 would be the natural bound, but below 0.001 not even 1000 steps leave one to run.
+Strength = Annotated[float, real(0.001, 1, "share of the steps to run")]
+Prompt = Annotated[str, Rule("a text in quotes", (str,), lambda value: True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keyframes:
+    """Text to `frames` small frames of height × width."""
+
+    model: Model
+    frames: Frames
+    height: Pixels
+    width: Pixels
+    steps: Steps
+    guidance: Guidance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interpolation:
+    """Three new frames between every two keyframes."""
+
+    model: Model
+    steps: Steps
+    guidance: Guidance
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstFrame:
+    """Frame 0 enlarged: what the pixel upscale starts from."""
+
+    model: Model
+    variant: Variant = None
+    steps: Steps
+    guidance: Guidance
+    noise_level: NoiseLevel
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelUpscale:
+    """All frames enlarged, each window following on from the one before."""
+
+    model: Model
+    steps: Steps
+    guidance: Guidance
+    noise_level: NoiseLevel
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentUpscale:
+    """Frames resized to height × width and redrawn by the last int(steps · strength) steps of latent diffusion."""
+
+    model: Model
+    height: EvenPixels
+    width: EvenPixels
+    steps: Steps
+    strength: Strength
+    guidance: Guidance
+    negative_prompt: Prompt
+
+    def __post_init__(self):
+        if int(self.steps * self.strength) < 1:
+            raise ValueError(
+                f"steps = {self.steps} with strength = {self.strength} leaves no step to run.",
+                "Raise steps or strength, so that steps times strength is at least 1.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cascade:
+    """All five stages and the frame rate of the result; `file` is where it was read from."""
+
+    name: Name
+    fps: Rate
+    keyframes: Keyframes
+    interpolation: Interpolation
+    first_frame: FirstFrame
+    pixel_upscale: PixelUpscale
+    latent_upscale: LatentUpscale
+    file: Path
+
+    @staticmethod
+    def names() -> list[str]:
+        """Return the bundled cascades, by name."""
+        return sorted(file.stem for file in BUNDLED.glob("*.toml"))
+
+    @classmethod
+    def load(cls, name_or_file: str | Path) -> "Cascade":
+        """Read a bundled cascade ("show-1") or a TOML file; a file that exists wins.
+
+        Raises Show1Error for an unknown name, for a file that is missing, unreadable or no TOML, and for what
+        `from_settings` refuses.
+        """
+        file = _find(name_or_file)
+        try:
+            toml = file.read_text(encoding="utf-8-sig")  # Windows editors put a mark in front
+            settings = tomllib.loads(toml)
+        except IsADirectoryError:
+            raise Show1Error(f"{file} is a folder, not a cascade.", "Name the TOML file in it.") from None
+        except FileNotFoundError:
+            raise Show1Error(
+                f"There is no file {file}.", f"Check the path, or take one of {_listed(cls.names())}."
+            ) from None
+        except OSError as error:
+            raise Show1Error(
+                f"{file} cannot be read: {error.strerror}.", "Check the path and its permissions."
+            ) from None
+        except UnicodeDecodeError:
+            raise Show1Error(f"{file} is not a UTF-8 text file.", "Save it as UTF-8, or name the right file.") from None
+        except (ValueError, RecursionError) as error:  # besides TOMLDecodeError: numbers too long, nesting too deep
+            raise Show1Error(f"{file} is not valid TOML: {error}.", "Correct it there.") from None
+        return cls.from_settings(settings, file)
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any], file: Path) -> "Cascade":
+        """Build the cascade from nested dicts as in the TOML file; models are looked for relative to `file`.
+
+        Raises Show1Error, naming `file`, table, key and value, for anything missing, unknown, of the wrong type or out
+        of range.
+        """
+        return _build(cls, settings, str(file), file=file.absolute())
+
+    def settings(self) -> dict[str, Any]:
+        """Return nested dicts as in the TOML file: what `from_settings` takes, and JSON can hold."""
+        settings = {key: getattr(self, key) for key in _rules(Cascade)}
+        for table in _tables(Cascade):
+            values = dataclasses.asdict(getattr(self, table))
+            settings[table] = {key: value for key, value in values.items() if value is not None}
+        return settings
+
+    def override(self, assignments: Iterable[str]) -> "Cascade":
+        """Return this cascade with changes: "keyframes.steps=10" (also "fps=12"), values as in TOML, quotes optional.
+
+        Raises Show1Error, naming `--set` and the text given. Settings that must agree are looked at when all are made.
+        """
+        assignments = list(assignments)
+        settings = self.settings()
+        for assignment in assignments:
+            where = f"--set {assignment}"
+            path, equals, value = (part.strip() for part in assignment.partition("="))
+            *table, key = path.split(".")
+            if not equals or not key or len(table) > 1 or path in _tables(Cascade):
+                raise Show1Error(f"{where}: this is not stage.key=value.", "Write it as in --set keyframes.steps=10.")
+            if table:
+                _known(table[0], _tables(Cascade), "table", where)
+            owner = _tables(Cascade)[table[0]] if table else Cascade
+            _known(key, _rules(owner), "key", where)
+            rule = _rules(owner)[key]
+            place = settings[table[0]] if table else settings
+            place[key] = _checked(rule, key, _parsed(value, rule), where)
+        return _build(Cascade, settings, " ".join(f"--set {assignment}" for assignment in assignments), file=self.file)
+
+    def model_source(self, table: str) -> Path | str:
+        """Return where the model of a stage ("keyframes") is: an existing folder as a Path, or else a hub id as a str.
+
+        Raises Show1Error if `model` can be neither.
+        """
+        model = getattr(self, table).model
+        folder = self.file.parent / model
+        if os.path.isdir(folder):
+            return folder
+        if HUB_ID.fullmatch(model):
+            return model
+        raise Show1Error(
+            f"{self.file}, table [{table}]: there is no folder {folder} for model = {_shown(model)}.",
+            'Give a folder relative to that file, or a hub id like "showlab/show-1-base".',
+        )
+
+
+def _find(name_or_file: str | Path) -> Path:
+    """Return the TOML file that is meant. A folder that happens to be called like a bundled cascade hides nothing."""
+    name = str(name_or_file)
+    if os.path.isfile(name) or name.endswith(".toml") or Path(name).name != name:
+        return Path(name)
+    if name in Cascade.names():
+        return BUNDLED / f"{name}.toml"
+    if os.path.isdir(name):
+        return Path(name)  # reading it will say so
+    raise Show1Error(
+        f"There is no cascade {_shown(name)}.",
+        f"{_guess(name, Cascade.names())}Take one of {_listed(Cascade.names())}, or the path of a TOML file.",
+    )
+
+
+def _build(cls: type, values: dict[str, Any], where: str, **more: Any) -> Any:
+    """Make a table, or the whole cascade, from what a TOML file says; `where` is what messages begin with."""
+    rules, tables = _rules(cls), _tables(cls)
+    for key, value in values.items():
+        _known(key, rules | tables, "table" if isinstance(value, dict) else "key", where)
+    made = dict(more)
+    for key, rule in rules.items():
+        if key in values:
+            made[key] = _checked(rule, key, values[key], where)
+        elif key not in _optional(cls):
+            raise Show1Error(f"{where}: the key {key} is missing.", f"Give {key} {rule.words}.")
+    for table, table_cls in tables.items():
+        if table not in values:
+            raise Show1Error(f"{where}: the table [{table}] is missing.", f"Add it, with {_listed(_rules(table_cls))}.")
+        if not isinstance(values[table], dict):
+            raise Show1Error(f"{where}: {table} is not a table.", f"Begin it with a line [{table}].")
+        made[table] = _build(table_cls, values[table], f"{where}, table [{table}]")
+    try:
+        return cls(**made)
+    except ValueError as fault:
+        problem, remedy = fault.args
+        raise Show1Error(f"{where}: {problem}", remedy) from None
+
+
+def _rules(cls: type) -> dict[str, Rule]:
+    """Return the settings of a table, or the cascade's own, with what they may be."""
+    return {f.name: f.type.__metadata__[0] for f in dataclasses.fields(cls) if hasattr(f.type, "__metadata__")}
+
+
+def _tables(cls: type) -> dict[str, type]:
+    return {f.name: f.type for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)}
+
+
+def _optional(cls: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+
+
+def _checked(rule: Rule, key: str, value: Any, where: str) -> Any:
+    if type(value) not in rule.kinds or not rule.accepts(value):
+        raise Show1Error(f"{where}: {key} cannot be {_shown(value)}.", f"Give {key} {rule.words}.")
+    return float(value) if float in rule.kinds else value
+
+
+def _known(word: str, known: Iterable[str], what: str, where: str) -> None:
+    if word not in known:
+        raise Show1Error(
+            f"{where}: there is no {what} {_shown(word)}.", f"{_guess(word, known)}Known are {_listed(known)}."
+        )
+
+
+def _parsed(value: str, rule: Rule) -> Any:
+    """Return the value behind `--set key=`, as TOML, or as it stands where it is no TOML or a text is wanted."""
+    try:
+        toml = tomllib.loads(f"value = {value}")
+    except (ValueError, RecursionError):
+        return value
+    if toml.keys() != {"value"} or (str in rule.kinds and not isinstance(toml["value"], str)):
+        return value
+    return toml["value"]
+
+
+def _guess(word: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
+    return f"Did you mean {nearest[0]}? " if nearest else ""
+
+
+def _listed(words: Iterable[str]) -> str:
+    return ", ".join(words)
+
+
+def _shown(value: Any) -> str:
+    """Return a value as TOML would write it, near enough, and short enough for a sentence."""
+    try:
+        shown = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):  # a number of thousands of digits, tables thousands deep
+        return "something that large"
+    return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -1,0 +1,193 @@
+"""Mini's models: the same classes as the released ones, small enough to train and run on two cores.
+
+Widths are multiples of 32, since the temporal convolutions normalise in 32 groups whatever the configuration says.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from show_1.models import UNet3DConditionModel
+
+TEXT_WIDTH = 128
+LATENT_TEXT_WIDTH = 64
+
+_PIXEL = {
+    "act_fn": "gelu",
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 4,
+    "attention_head_dim": 32,
+    "cross_attention_dim": TEXT_WIDTH,
+    "cross_attention_norm": "group_norm",
+    "encoder_hid_dim": TEXT_WIDTH,
+    "encoder_hid_dim_type": "text_proj",
+    "norm_num_groups": 16,
+    "out_channels": 3,
+    "resnet_time_scale_shift": "scale_shift",
+}
+_SMALL = _PIXEL | {
+    "sample_size": 32,
+    "down_block_types": ["ResnetDownsampleBlock3D", "SimpleCrossAttnDownBlock3D", "SimpleCrossAttnDownBlock3D"],
+    "mid_block_type": "UNetMidBlock3DSimpleCrossAttn",
+    "up_block_types": ["SimpleCrossAttnUpBlock3D", "SimpleCrossAttnUpBlock3D", "ResnetUpsampleBlock3D"],
+}
+_UPSCALE = _PIXEL | {
+    "block_out_channels": [32, 32, 64, 96],
+    "class_embed_type": "timestep",
+    "in_channels": 6,
+    "layers_per_block": 1,
+    "sample_size": 128,
+    "down_block_types": ["ResnetDownsampleBlock3D"] * 3 + ["SimpleCrossAttnDownBlock3D"],
+    "mid_block_type": "UNetMidBlock3DSimpleCrossAttn",
+    "up_block_types": ["SimpleCrossAttnUpBlock3D"] + ["ResnetUpsampleBlock3D"] * 3,
+}
+_LATENT = {
+    "act_fn": "silu",
+    "attention_head_dim": [1, 1, 2],
+    "block_out_channels": [32, 32, 64],
+    "cross_attention_dim": LATENT_TEXT_WIDTH,
+    "down_block_types": ["DownBlock3D", "DownBlock3D", "CrossAttnDownBlock3D"],
+    "in_channels": 4,
+    "layers_per_block": 1,
+    "mid_block_type": "UNetMidBlock3DCrossAttn",
+    "out_channels": 4,
+    "sample_size": 72,
+    "transfromer_in_opt": False,
+    "up_block_types": ["CrossAttnUpBlock3D", "UpBlock3D", "UpBlock3D"],
+    "use_linear_projection": True,
+}
+UNETS = {
+    "keyframes": _SMALL | {"in_channels": 3, "block_out_channels": [32, 64, 128], "layers_per_block": [1, 2, 1]},
+    "interpolation": _SMALL | {"in_channels": 7, "block_out_channels": [32, 64, 64], "layers_per_block": 1},
+    "pixel_upscale": _UPSCALE,
+    "latent_upscale": _LATENT,
+}
+
+
+def video_unet(stage: str) -> UNet3DConditionModel:
+    """Return a new UNet whose temporal layers pass their input on unchanged, so that it starts as its pictures' UNet."""
+    unet = UNet3DConditionModel.from_config(UNETS[stage])
+    for name, parameter in unet.named_parameters():
+        if "temp_attentions" in name and ".proj_out." in name:
+            torch.nn.init.zeros_(parameter)
+    return unet
+
+
+def picture_unet(stage: str) -> UNet2DConditionModel:
+    """Return a new UNet with the spatial layers of a stage's video UNet alone."""
+    return UNet2DConditionModel.from_config(json.loads(json.dumps(UNETS[stage]).replace("3D", "2D")))
+
+
+def text_encoder(vocabulary: int) -> T5EncoderModel:
+    """Return a new T5 encoder of two layers for the pixel stages."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=vocabulary,
+            d_model=TEXT_WIDTH,
+            d_kv=32,
+            num_heads=4,
+            d_ff=256,
+            num_layers=2,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+        )
+    )
+
+
+def latent_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Return a new CLIP text encoder of one layer for the latent upscale."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=LATENT_TEXT_WIDTH,
+            intermediate_size=128,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def autoencoder() -> AutoencoderKL:
+    """Return a new autoencoder, four times smaller a side: at mini's sizes the usual eight would cost the detail."""
+    return AutoencoderKL(
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=16,
+        sample_size=160,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
+
+
+def scheduler(*, thresholding: bool) -> DPMSolverMultistepScheduler:
+    """Return the sampler of every mini model: the pixel models' cosine schedule, predicting the velocity."""
+    return DPMSolverMultistepScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        beta_end=0.02,
+        prediction_type="v_prediction",
+        thresholding=thresholding,
+        sample_max_value=1.0,
+        final_sigmas_type="zero",
+        lower_order_final=True,
+    )
+
+
+def image_noising_scheduler() -> DDPMScheduler:
+    """Return what adds noise to an upscaler's condition."""
+    return DDPMScheduler(beta_schedule="squaredcos_cap_v2", beta_end=0.02)
+
+
+def train_t5_tokenizer(captions: Iterable[str], folder: Path) -> T5Tokenizer:
+    """Learn a SentencePiece vocabulary from captions, save it as `spiece.model` in the folder and return the tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(captions),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=700,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (folder / "spiece.vocab").unlink()
+    config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 77}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return T5Tokenizer.from_pretrained(folder)
+
+
+def train_clip_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
+    """Learn a byte-pair vocabulary from captions, save it in CLIP's form in the folder and return the tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)])
+    learner.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    learner.train_from_iterator(
+        captions,
+        trainers.BpeTrainer(vocab_size=1200, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False),
+    )
+    learned = json.loads(learner.to_str())["model"]
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in learned["merges"]]
+    pieces = alphabet + [f"{letter}</w>" for letter in alphabet] + [merge.replace(" ", "") for merge in merges]
+    pieces += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False, indent=1) + "\n")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return CLIPTokenizer.from_pretrained(folder)

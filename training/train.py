@@ -1,0 +1,417 @@
+"""Train mini, stage by stage: `python -m training.train --minutes N [--stage all|NAME]`.
+
+Pictures come first, then clips: each video UNet starts as a trained picture UNet whose new temporal layers change
+nothing. The text encoder learns along with the keyframes and is left alone afterwards, so that all pixel stages read the
+same embeddings. The upscalers learn to repair degraded true frames. A run can be broken off at any moment: it goes on
+from its last checkpoint, at most a minute old.
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+from show_1.errors import Show1Error
+from show_1.models import UNet3DConditionModel
+from show_1.video import to_uint8
+from training import models, world
+
+MINI = Path(__file__).parents[1] / "show_1" / "mini"
+RUNS = Path(__file__).parent / "runs"
+LOG = Path(__file__).parent / "log.jsonl"
+
+KEYFRAME_TIMES = torch.arange(8) * 4 / 28
+SMALL, MEDIUM, FULL = (20, 32), (80, 128), (160, 288)  # height, width after each enlargement
+TEXT_DROPPED = 0.1  # how often a caption is emptied, for classifier-free guidance
+
+NOISE = models.image_noising_scheduler()  # one schedule for all: alpha and sigma of each of its 1000 levels
+ALPHA = NOISE.alphas_cumprod.sqrt()
+SIGMA = (1 - NOISE.alphas_cumprod).sqrt()
+
+
+# --- Batches --------------------------------------------------------------------------------------------------------
+
+
+class Batches(IterableDataset):
+    """An endless stream of batches, made by `make(rng)` in a worker process, different for each start of a run."""
+
+    def __init__(self, make: Callable[[np.random.Generator], dict], seed: tuple[int, ...]):
+        self.make, self.seed = make, seed
+
+    def __iter__(self) -> Iterator[dict]:
+        torch.set_num_threads(1)
+        rng = np.random.default_rng(self.seed)
+        while True:
+            yield self.make(rng)
+
+
+def _scenes(rng: np.random.Generator, count: int) -> tuple[list[world.Scene], list[str]]:
+    scenes = [world.sample(rng) for _ in range(count)]
+    return scenes, ["" if rng.random() < TEXT_DROPPED else scene.caption for scene in scenes]
+
+
+def pictures(rng: np.random.Generator) -> dict:
+    scenes, captions = _scenes(rng, 32)
+    times = torch.from_numpy(rng.random((32, 1))).float()
+    return {"clean": world.render(scenes, *SMALL, times)[:, :, 0], "captions": captions}
+
+
+def keyframe_clips(rng: np.random.Generator) -> dict:
+    scenes, captions = _scenes(rng, 6)
+    return {"clean": world.render(scenes, *SMALL, KEYFRAME_TIMES), "captions": captions}
+
+
+def segments(rng: np.random.Generator) -> dict:
+    scenes, captions = _scenes(rng, 10)
+    starts = torch.from_numpy(rng.integers(0, 7, (10, 1))) * 4
+    clean = world.render(scenes, *SMALL, (starts + torch.arange(5)) / 28)
+    ends = clean[:, :, [0, -1]] + 0.05 * torch.rand(10, 1, 1, 1, 1) * torch.randn_like(clean[:, :, [0, -1]])
+    between = F.interpolate(ends, size=clean.shape[2:], mode="trilinear", align_corners=True)
+    mask = torch.zeros_like(between[:, :1])
+    mask[:, :, [0, -1]] = 1
+    return {"clean": clean, "condition": torch.cat([between, mask], dim=1), "captions": captions}
+
+
+def _degrade(rng: np.random.Generator, frames: torch.Tensor) -> torch.Tensor:
+    """Return (batch, channels, height, width) frames with the faults of a small model's: noise, and at times blur."""
+    if rng.random() < 0.5:
+        blurred = F.avg_pool2d(F.pad(frames, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        frames = frames.lerp(blurred, float(rng.random()) * 0.7)
+    return frames + 0.08 * float(rng.random()) * torch.randn_like(frames)
+
+
+def enlarged_pictures(rng: np.random.Generator) -> dict:
+    scenes, captions = _scenes(rng, 8)
+    times = torch.from_numpy(rng.random((8, 1))).float()
+    small = _degrade(rng, world.render(scenes, *SMALL, times)[:, :, 0])
+    condition, level = _noised_condition(rng, small, MEDIUM)
+    return {
+        "clean": world.render(scenes, *MEDIUM, times)[:, :, 0],
+        "condition": condition,
+        "noise_level": level,
+        "captions": captions,
+    }
+
+
+def enlarged_windows(rng: np.random.Generator) -> dict:
+    scenes, captions = _scenes(rng, 1)
+    times = (rng.integers(0, 22) + torch.arange(8)) / 28
+    clean = world.render(scenes, *MEDIUM, times)
+    small = _degrade(rng, world.render(scenes, *SMALL, times)[0].transpose(0, 1))
+    condition, level = _noised_condition(rng, small, MEDIUM)
+    condition = condition.transpose(0, 1)[None]
+    # The window's sharp lead, at times with faults of its own: in the chain it comes from a model.
+    condition[:, :, 0] = _degrade(rng, clean[:, :, 0]) if rng.random() < 0.5 else clean[:, :, 0]
+    return {"clean": clean, "condition": condition, "noise_level": level[:1], "captions": captions}
+
+
+def _noised_condition(rng: np.random.Generator, small: torch.Tensor, size: tuple[int, int]):
+    enlarged = F.interpolate(small, size=size, mode="bilinear", align_corners=True)
+    level = torch.full((len(small),), int(rng.integers(0, 250)))
+    return NOISE.add_noise(enlarged, torch.randn_like(enlarged), level), level
+
+
+def full_crops(rng: np.random.Generator) -> dict:
+    scenes, _ = _scenes(rng, 4)
+    frames = world.render(scenes, *FULL, torch.from_numpy(rng.random((4, 1))).float())[:, :, 0]
+    top, left = rng.integers(0, FULL[0] - 96 + 1), rng.integers(0, FULL[1] - 96 + 1)
+    return {"clean": frames[:, :, top : top + 96, left : left + 96]}
+
+
+def full_windows(rng: np.random.Generator) -> dict:
+    scenes, captions = _scenes(rng, 1)
+    times = (rng.integers(0, 25) + torch.arange(4)) / 28
+    clean = world.render(scenes, *FULL, times)
+    medium = _degrade(rng, world.render(scenes, *MEDIUM, times)[0].transpose(0, 1))
+    enlarged = F.interpolate(medium, size=FULL, mode="bicubic", align_corners=False).clamp(-1, 1)
+    return {"clean": clean, "enlarged": enlarged.transpose(0, 1)[None], "captions": captions}
+
+
+# --- Losses ---------------------------------------------------------------------------------------------------------
+
+
+def velocity_loss(unet: nn.Module, states: torch.Tensor, batch: dict, top: int = 1000) -> torch.Tensor:
+    """Return the mean squared error of the predicted velocity (arXiv 2202.00512) at random levels below `top`.
+
+    A batch with a "degraded" sample starts from it at the highest level and from the clean one at the lowest, with the
+    velocity always pointing to the clean one: so a chain that starts from a degraded sample learns to repair it.
+    """
+    clean = batch["clean"]
+    levels = torch.randint(0, top, (len(clean),))
+    shape = (-1, *(1,) * (clean.ndim - 1))
+    alpha, sigma = ALPHA[levels].view(shape), SIGMA[levels].view(shape)
+    start = clean.lerp(batch["degraded"], (levels / top).view(shape)) if "degraded" in batch else clean
+    noisy = alpha * start + sigma * torch.randn_like(clean)
+    target = (alpha * noisy - clean) / sigma.clamp(min=0.02)
+    model_input = torch.cat([noisy, batch["condition"]], dim=1) if "condition" in batch else noisy
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity = unet(model_input, levels, encoder_hidden_states=states, class_labels=batch.get("noise_level")).sample
+    return F.mse_loss(velocity.float(), target)
+
+
+def autoencoder_loss(vae: AutoencoderKL, batch: dict) -> torch.Tensor:
+    """Return the error in pixels and in edges, and a light pull of the latents to a normal distribution."""
+    clean = batch["clean"]
+    with torch.autocast("cpu", torch.bfloat16):
+        posterior = vae.encode(clean).latent_dist
+        decoded = vae.decode(posterior.sample()).sample.float()
+    edges = sum(F.l1_loss(decoded.diff(dim=d), clean.diff(dim=d)) for d in (2, 3))
+    return F.l1_loss(decoded, clean) + edges + 1e-4 * posterior.kl().mean() / clean[0, 0].numel()
+
+
+# --- Stages ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stage:
+    """What one stage of the training trains, on what, and where its result goes."""
+
+    models: dict[str, nn.Module]
+    batches: Callable[[np.random.Generator], dict]
+    loss: Callable[[dict[str, nn.Module], dict], torch.Tensor]
+    folders: dict[str, str]  # model name → folder under show_1/mini, where the result is saved
+
+
+def _states(encoder: T5EncoderModel, tokenizer, captions: list[str]) -> torch.Tensor:
+    tokens = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    mask = tokens.attention_mask if isinstance(encoder, T5EncoderModel) else None
+    return encoder(tokens.input_ids, attention_mask=mask).last_hidden_state
+
+
+def _captions(count: int) -> list[str]:
+    rng = np.random.default_rng(0)
+    return [world.sample(rng).caption for _ in range(count)]
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    folder = MINI / "show-1-base" / "tokenizer"
+    return T5Tokenizer.from_pretrained(folder) if folder.exists() else models.train_t5_tokenizer(_captions(20000), folder)
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    folder = MINI / "show-1-sr2" / "tokenizer"
+    if folder.exists():
+        return CLIPTokenizer.from_pretrained(folder)
+    return models.train_clip_tokenizer(_captions(20000), folder)
+
+
+def _trained_text_encoder() -> T5EncoderModel:
+    return T5EncoderModel.from_pretrained(MINI / "show-1-base" / "text_encoder", dtype=torch.float32).requires_grad_(False)
+
+
+def pixel_stage(unet: nn.Module, encoder: T5EncoderModel, batches: Callable, folders: dict[str, str]) -> Stage:
+    tokenizer = t5_tokenizer()
+    trained = {name: {"unet": unet, "text_encoder": encoder}[name] for name in folders}
+
+    def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
+        states = _states(trained.get("text_encoder", encoder), tokenizer, batch["captions"])
+        return velocity_loss(trained["unet"], states, batch)
+
+    return Stage(trained, batches, loss, folders)
+
+
+def pictures_stage() -> Stage:
+    encoder = models.text_encoder(len(t5_tokenizer()))
+    folders = {"unet": "../../training/runs/pictures", "text_encoder": "show-1-base/text_encoder"}
+    return pixel_stage(models.picture_unet("keyframes"), encoder, pictures, folders)
+
+
+def keyframes_stage() -> Stage:
+    unet = models.video_unet("keyframes")
+    _start_from(unet, RUNS / "pictures")
+    encoder = _trained_text_encoder().requires_grad_(True)
+    folders = {"unet": "show-1-base/unet", "text_encoder": "show-1-base/text_encoder"}
+    return pixel_stage(unet, encoder, keyframe_clips, folders)
+
+
+def interpolation_stage() -> Stage:
+    unet = models.video_unet("interpolation")
+    return pixel_stage(unet, _trained_text_encoder(), segments, {"unet": "show-1-interpolation/unet"})
+
+
+def first_frame_stage() -> Stage:
+    unet = models.picture_unet("pixel_upscale")
+    return pixel_stage(unet, _trained_text_encoder(), enlarged_pictures, {"unet": "IF-II-L/unet"})
+
+
+def pixel_upscale_stage() -> Stage:
+    unet = models.video_unet("pixel_upscale")
+    _start_from(unet, MINI / "IF-II-L" / "unet")
+    return pixel_stage(unet, _trained_text_encoder(), enlarged_windows, {"unet": "show-1-sr1/unet"})
+
+
+def vae_stage() -> Stage:
+    return Stage(
+        {"vae": models.autoencoder()}, full_crops, lambda m, b: autoencoder_loss(m["vae"], b), {"vae": "show-1-sr2/vae"}
+    )
+
+
+def latent_upscale_stage() -> Stage:
+    vae = AutoencoderKL.from_pretrained(MINI / "show-1-sr2" / "vae", torch_dtype=torch.float32).requires_grad_(False)
+    tokenizer = clip_tokenizer()
+    trained = {"unet": models.video_unet("latent_upscale"), "text_encoder": models.latent_text_encoder(tokenizer)}
+
+    def latents(clip: torch.Tensor) -> torch.Tensor:
+        mean = vae.encode(clip[0].transpose(0, 1)).latent_dist.mean
+        return mean.transpose(0, 1)[None] * vae.config.scaling_factor
+
+    def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            clean, enlarged = latents(batch["clean"]).float(), latents(batch["enlarged"]).float()
+        states = _states(trained["text_encoder"], tokenizer, batch["captions"])
+        return velocity_loss(trained["unet"], states, {"clean": clean, "degraded": enlarged}, top=400)
+
+    return Stage(
+        trained,
+        full_windows,
+        loss,
+        {"unet": "show-1-sr2/unet", "text_encoder": "show-1-sr2/text_encoder"},
+    )
+
+
+# Name → how to build it and its share of the time, in order: each may start from what those before it have saved.
+STAGES: dict[str, tuple[Callable[[], Stage], float]] = {
+    "pictures": (pictures_stage, 0.32),
+    "keyframes": (keyframes_stage, 0.20),
+    "interpolation": (interpolation_stage, 0.08),
+    "first_frame": (first_frame_stage, 0.14),
+    "pixel_upscale": (pixel_upscale_stage, 0.10),
+    "vae": (vae_stage, 0.10),
+    "latent_upscale": (latent_upscale_stage, 0.06),
+}
+
+
+def _start_from(unet: UNet3DConditionModel, folder: Path) -> None:
+    weights = type(models.picture_unet("keyframes")).from_pretrained(folder, torch_dtype=torch.float32).state_dict()
+    left = unet.load_state_dict(weights, strict=False)
+    strays = [*left.unexpected_keys, *(key for key in left.missing_keys if "temp_" not in key)]
+    if strays:
+        raise Show1Error(
+            f"The weights in {folder} are of another configuration: {strays[0]} does not fit.",
+            f"Remove {folder} and train that stage again.",
+        )
+
+
+# --- The training loop ----------------------------------------------------------------------------------------------
+
+
+def run(name: str, minutes: float, seed: int) -> None:
+    """Train a stage until it has had `minutes` of training in all, saving its averaged weights under show_1/mini."""
+    build, _ = STAGES[name]
+    torch.manual_seed(seed)
+    stage = build()
+    average = {key: copy.deepcopy(model).requires_grad_(False) for key, model in stage.models.items()}
+    parameters = [p for model in stage.models.values() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99))
+    checkpoint = RUNS / f"{name}.pt"
+    step, seconds = 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        for key in stage.models:
+            stage.models[key].load_state_dict(state["models"][key])
+            average[key].load_state_dict(state["average"][key])
+        optimizer.load_state_dict(state["optimizer"])
+        step, seconds = state["step"], state["seconds"]
+    if seconds >= minutes * 60:
+        print(f"{name}: trained for {seconds / 60:.1f} minutes already")
+        return
+
+    torch.manual_seed(seed + step)
+    loader = DataLoader(Batches(stage.batches, (seed, step)), batch_size=None, num_workers=1, prefetch_factor=4)
+    losses, last, saved = [], time.monotonic(), time.monotonic()
+    for batch in loader:
+        share = min(seconds / (minutes * 60), 1)
+        rate = 1e-3 * min(1, (step + 1) / 50) * (1 - 0.9 * share)  # warm up, then fall to a tenth
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = stage.loss(stage.models, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step += 1
+        _move_average(average, stage.models, min(0.998, step / (step + 10)))
+        losses.append(loss.item())
+        now = time.monotonic()
+        seconds, last = seconds + now - last, now
+        if now - saved > 50 or seconds >= minutes * 60:
+            state = {
+                "models": {key: model.state_dict() for key, model in stage.models.items()},
+                "average": {key: model.state_dict() for key, model in average.items()},
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+                "seconds": seconds,
+            }
+            _save(checkpoint, state)
+            for key, folder in stage.folders.items():
+                _export(average[key], MINI / folder)
+            _log(stage=name, step=step, seconds=round(seconds), loss=round(float(np.mean(losses)), 5))
+            losses, saved = [], time.monotonic()
+        if seconds >= minutes * 60:
+            break
+
+
+def _move_average(average: dict[str, nn.Module], trained: dict[str, nn.Module], decay: float) -> None:
+    for key, model in average.items():
+        for slow, fast in zip(model.parameters(), trained[key].parameters(), strict=True):
+            slow.lerp_(fast.detach(), 1 - decay)
+
+
+def _save(path: Path, state: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def _export(model: nn.Module, folder: Path) -> None:
+    """Save in half precision; every file is whole at any moment."""
+    temporary = folder.with_name(f".{folder.name}.part")
+    copy.deepcopy(model).half().save_pretrained(temporary)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in temporary.iterdir():
+        os.replace(file, folder / file.name)
+    temporary.rmdir()
+
+
+def _log(**entry) -> None:
+    print(json.dumps(entry), flush=True)
+    with LOG.open("a") as log:
+        log.write(json.dumps(entry) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, required=True, help="of training in all, shared out among the stages")
+    parser.add_argument("--stage", default="all", help=f"all, or one of: {', '.join(STAGES)}")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.stage not in ("all", *STAGES):
+        parser.error(f"there is no stage {arguments.stage!r}; choose all or one of: {', '.join(STAGES)}")
+    _log(
+        command=f"python -m training.train --minutes {arguments.minutes:g} --stage {arguments.stage} --seed {arguments.seed}",
+        device=f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        versions={"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()},
+    )
+    for name, (_, share) in STAGES.items():
+        if arguments.stage in ("all", name):
+            run(name, arguments.minutes * (share if arguments.stage == "all" else 1), arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
