@@ -4,8 +4,8 @@
 class Show1Error(Exception):
     """Bad input or a fault outside the program, told in two sentences.
 
-    `problem` says what is wrong and names it (file, table, key, value); `remedy` says what to do. Commands print both and
-    exit with code 2; the page shows them.
+    `problem` says what is wrong and names it (file, table, key, value); `remedy` says what to do. Commands print both
+    and exit with code 2; the page shows them.
     """
 
     def __init__(self, problem: str, remedy: str):

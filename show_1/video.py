@@ -58,7 +58,10 @@ def write(path: str | Path, frames: np.ndarray, fps: int, metadata: dict[str, An
     Raises Show1Error for an odd height or width, a folder that is missing, full or not writable, and if ffmpeg fails.
     """
     path = Path(path)
-    _, height, width, _ = frames.shape
+    count, height, width, _ = frames.shape
+    if frames.dtype != np.uint8 or not count:
+        # ffmpeg takes any bytes for a picture, and none at all for a video.
+        raise ValueError(f"frames must be one or more of uint8, not {count} of {frames.dtype}")
     if height % 2 or width % 2:
         raise Show1Error(
             f"Frames of height {height} and width {width} cannot be stored in {path.name}: H.264 needs even sizes.",
@@ -125,6 +128,11 @@ def check_writable(path: str | Path) -> None:
         with tempfile.TemporaryDirectory(prefix=f".{PROGRAM}-", dir=path.parent) as scratch:
             Path(scratch, "room").write_bytes(bytes(ROOM))
             write(Path(scratch, path.name), np.zeros((1, 16, 16, 3), np.uint8), fps=1, metadata={})
+
+
+def slug(prompt: str) -> str:
+    """Return the prompt's first words as part of a file name that every file system takes."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:48].strip("-") or "video"
 
 
 @contextmanager

@@ -180,6 +180,13 @@ def test_odd_sizes(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("frames", [FRAMES[:0], FRAMES.astype(np.float32)], ids=["none", "float"])
+def test_what_is_no_video_is_not_written(tmp_path, frames):
+    with pytest.raises(ValueError, match="uint8"):
+        video.write(tmp_path / "video.mp4", frames, 8, {})
+    assert os.listdir(tmp_path) == []
+
+
 def test_writable(tmp_path, monkeypatch):
     video.check_writable(tmp_path / "video.mp4")
     monkeypatch.chdir(tmp_path)

@@ -71,7 +71,7 @@ UNETS = {
 
 
 def video_unet(stage: str) -> UNet3DConditionModel:
-    """Return a new UNet whose temporal layers pass their input on unchanged, so that it starts as its pictures' UNet."""
+    """Return a new UNet whose temporal layers change nothing yet, so that it starts as its pictures' UNet."""
     unet = UNet3DConditionModel.from_config(UNETS[stage])
     for name, parameter in unet.named_parameters():
         if "temp_attentions" in name and ".proj_out." in name:
@@ -151,7 +151,7 @@ def image_noising_scheduler() -> DDPMScheduler:
 
 
 def train_t5_tokenizer(captions: Iterable[str], folder: Path) -> T5Tokenizer:
-    """Learn a SentencePiece vocabulary from captions, save it as `spiece.model` in the folder and return the tokenizer."""
+    """Learn a SentencePiece vocabulary from captions; save it as `spiece.model` in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(captions),
@@ -171,7 +171,7 @@ def train_t5_tokenizer(captions: Iterable[str], folder: Path) -> T5Tokenizer:
 
 
 def train_clip_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
-    """Learn a byte-pair vocabulary from captions, save it in CLIP's form in the folder and return the tokenizer."""
+    """Learn a byte-pair vocabulary from captions; save it in CLIP's form in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)])

@@ -1,9 +1,9 @@
 """Train mini, stage by stage: `python -m training.train --minutes N [--stage all|NAME]`.
 
 Pictures come first, then clips: each video UNet starts as a trained picture UNet whose new temporal layers change
-nothing. The text encoder learns along with the keyframes and is left alone afterwards, so that all pixel stages read the
-same embeddings. The upscalers learn to repair degraded true frames. A run can be broken off at any moment: it goes on
-from its last checkpoint, at most a minute old.
+nothing. The text encoder learns along with the keyframes and is left alone afterwards, so that all pixel stages read
+the same embeddings. The upscalers learn to repair degraded true frames. A run can be broken off at any moment: it goes
+on from its last checkpoint, at most a minute old.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import copy
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,14 +22,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from show_1.errors import Show1Error
 from show_1.models import UNet3DConditionModel
-from show_1.video import to_uint8
 from training import models, world
 
 MINI = Path(__file__).parents[1] / "show_1" / "mini"
@@ -200,7 +199,9 @@ def _captions(count: int) -> list[str]:
 
 def t5_tokenizer() -> T5Tokenizer:
     folder = MINI / "show-1-base" / "tokenizer"
-    return T5Tokenizer.from_pretrained(folder) if folder.exists() else models.train_t5_tokenizer(_captions(20000), folder)
+    return (
+        T5Tokenizer.from_pretrained(folder) if folder.exists() else models.train_t5_tokenizer(_captions(20000), folder)
+    )
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -211,7 +212,9 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def _trained_text_encoder() -> T5EncoderModel:
-    return T5EncoderModel.from_pretrained(MINI / "show-1-base" / "text_encoder", dtype=torch.float32).requires_grad_(False)
+    return T5EncoderModel.from_pretrained(MINI / "show-1-base" / "text_encoder", dtype=torch.float32).requires_grad_(
+        False
+    )
 
 
 def pixel_stage(unet: nn.Module, encoder: T5EncoderModel, batches: Callable, folders: dict[str, str]) -> Stage:
@@ -404,7 +407,7 @@ def main() -> None:
     if arguments.stage not in ("all", *STAGES):
         parser.error(f"there is no stage {arguments.stage!r}; choose all or one of: {', '.join(STAGES)}")
     _log(
-        command=f"python -m training.train --minutes {arguments.minutes:g} --stage {arguments.stage} --seed {arguments.seed}",
+        command=" ".join(["python -m training.train", *sys.argv[1:]]),
         device=f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         versions={"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()},
     )

@@ -1,21 +1,21 @@
 """The synthetic world the mini cascade learns from: an endless, vectorised, seeded supply of captioned clips.
 
-A `Scene` says what a clip shows; `sample` draws one, `render` paints it at any size. Lengths are in frame heights: y runs
-from 0 (top) to 1 (bottom), x is 0 in the middle, and what matters stays within |x| < 0.8. Shapes are drawn with edges one
-pixel wide and textures without waves finer than the pixels, so a small clip looks like a big one scaled down.
+A `Scene` says what a clip shows; `sample` draws one, `render` paints it at any size. Lengths are in frame heights: y
+runs from 0 (top) to 1 (bottom), x is 0 in the middle, and what matters stays within |x| < 0.8. Shapes are drawn with
+edges one pixel wide and textures without waves finer than the pixels, so a small clip looks like a big one scaled down.
 """
 
-import functools
 import math
 import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from torch import Tensor, lerp
 from torch.nn import functional as F
 
 from show_1.errors import Show1Error
@@ -40,88 +40,87 @@ class Scene:
     seed: int  # of all visual variation
 
 
+# Tables of words are strings with commas, the canonical wording first.
+
+
 @dataclass(frozen=True)
 class Object:
     emoji: str
-    synonyms: tuple[str, ...] = ()
+    synonyms: str = ""
     faces: int = 0  # -1: looks left, 1: looks right, 0: straight ahead
 
 
 @dataclass(frozen=True)
 class Place:
     paint: "Callable[[Canvas], Tensor]"
-    phrases: tuple[str, ...]  # where: "in the snow"
-    settings: tuple[str, ...]  # what one sees: "snowy field"
+    phrases: str  # where: "in the snow"
+    settings: str  # what one sees: "snowy field"
 
 
 @dataclass(frozen=True)
 class Motion:
-    path: "Callable[[Tensor, Tensor], tuple[Tensor, ...]]"
-    wordings: tuple[tuple[str, str], ...]  # ("jumping", "jumps")
+    path: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+    wordings: str  # "jumping/jumps"
     faces: int = 0  # the side an object that looks sideways turns to; 0: either
 
 
 OBJECTS = {
-    "panda": Object("🐼", ("panda bear",)),
-    "cat": Object("🐱", ("kitten", "kitty")),
-    "dog": Object("🐶", ("puppy", "doggy")),
+    "panda": Object("🐼", "panda bear"),
+    "cat": Object("🐱", "kitten, kitty"),
+    "dog": Object("🐶", "puppy, doggy"),
     "fox": Object("🦊"),
-    "frog": Object("🐸", ("toad",)),
+    "frog": Object("🐸", "toad"),
     "lion": Object("🦁"),
     "tiger": Object("🐯"),
-    "pig": Object("🐷", ("piglet", "piggy")),
-    "cow": Object(
-        "🐮",
-    ),
-    "monkey": Object("🐵", ("ape",)),
-    "rabbit": Object("🐰", ("bunny",)),
-    "penguin": Object("🐧"),
-    "chicken": Object("🐔", ("hen",)),
+    "pig": Object("🐷", "piglet, piggy"),
+    "cow": Object("🐮"),
+    "monkey": Object("🐵", "ape"),
+    "rabbit": Object("🐰", "bunny"),
+    "penguin": Object("🐧", faces=-1),
+    "chicken": Object("🐔", "hen", faces=-1),
     "owl": Object("🦉"),
-    "whale": Object("🐳", (), -1),
-    "fish": Object("🐠", ("tropical fish",), -1),
-    "octopus": Object("🐙", ("squid",)),
+    "whale": Object("🐳", faces=-1),
+    "fish": Object("🐠", "tropical fish", faces=-1),
+    "octopus": Object("🐙", "squid"),
     "crab": Object("🦀"),
     "butterfly": Object("🦋"),
-    "bee": Object("🐝", ("bumblebee", "honeybee"), -1),
-    "ladybug": Object("🐞", ("ladybird",), -1),
-    "snail": Object("🐌", (), -1),
-    "turtle": Object("🐢", ("tortoise",), -1),
-    "elephant": Object("🐘", (), -1),
-    "horse": Object("🐎", ("pony",), -1),
-    "unicorn": Object("🦄", (), -1),
-    "dinosaur": Object("🦕", ("dino",), -1),
-    "rocket": Object("🚀", ("spaceship",), 1),
-    "car": Object("🚗", ("automobile", "red car"), -1),
-    "bus": Object("🚌", (), -1),
-    "train": Object("🚂", ("locomotive",), -1),
-    "tractor": Object("🚜", (), -1),
-    "airplane": Object("✈️", ("plane", "aeroplane"), 1),
-    "boat": Object("⛵", ("sailboat", "sailing boat")),
-    "balloon": Object("🎈", ("red balloon",)),
-    "robot": Object("🤖", ("android",)),
-    "ghost": Object("👻", ("spook",)),
+    "bee": Object("🐝", "bumblebee, honeybee", faces=-1),
+    "ladybug": Object("🐞", "ladybird", faces=-1),
+    "snail": Object("🐌", faces=-1),
+    "turtle": Object("🐢", "tortoise", faces=-1),
+    "elephant": Object("🐘", faces=-1),
+    "horse": Object("🐎", "pony", faces=-1),
+    "unicorn": Object("🦄", faces=-1),
+    "dinosaur": Object("🦕", "dino", faces=-1),
+    "rocket": Object("🚀", "spaceship", faces=1),
+    "car": Object("🚗", "automobile, red car", faces=-1),
+    "bus": Object("🚌", faces=-1),
+    "train": Object("🚂", "locomotive", faces=-1),
+    "tractor": Object("🚜", faces=-1),
+    "airplane": Object("✈️", "plane, aeroplane", faces=1),
+    "boat": Object("⛵", "sailboat, sailing boat"),
+    "balloon": Object("🎈", "red balloon"),
+    "robot": Object("🤖", "android"),
+    "ghost": Object("👻", "spook"),
     "snowman": Object("⛄"),
-    "pumpkin": Object("🎃", ("halloween pumpkin",)),
-    "pizza": Object("🍕", ("slice of pizza", "pizza slice")),
-    "hamburger": Object("🍔", ("burger",)),
-    "donut": Object("🍩", ("doughnut",)),
-    "cake": Object("🎂", ("birthday cake",)),
-    "apple": Object("🍎", ("red apple",)),
-    "banana": Object(
-        "🍌",
-    ),
+    "pumpkin": Object("🎃", "halloween pumpkin"),
+    "pizza": Object("🍕", "slice of pizza, pizza slice"),
+    "hamburger": Object("🍔", "burger"),
+    "donut": Object("🍩", "doughnut"),
+    "cake": Object("🎂", "birthday cake"),
+    "apple": Object("🍎", "red apple"),
+    "banana": Object("🍌"),
     "strawberry": Object("🍓"),
-    "mushroom": Object("🍄", ("toadstool",)),
-    "sunflower": Object("🌻", ("flower",)),
+    "mushroom": Object("🍄", "toadstool"),
+    "sunflower": Object("🌻", "flower"),
     "guitar": Object("🎸"),
-    "ball": Object("⚽", ("football", "soccer ball")),
+    "ball": Object("⚽", "football, soccer ball"),
 }
 
 
 # ---------------------------------------------------------------------------------------------------------- motions
-# A path takes the time, (clips, frames) in [0, 1], and uniform numbers, (clips, 1) each, and gives x and y relative to the
-# middle of the frame, the size relative to the object's own, and the angle in radians (clockwise); each (clips, frames).
+# A path takes the time, (clips, frames) in [0, 1], and uniform numbers, (clips, 1) each, and gives x and y relative to
+# the middle of the frame, the size relative to the object's own, and the clockwise angle in radians: (clips, frames).
 
 
 def _between(low: float, high: float, number: Tensor) -> Tensor:
@@ -150,7 +149,7 @@ def _spin(t: Tensor, r: Tensor):
 
 
 def _resize(direction: int, t: Tensor, r: Tensor):
-    small, big = _between(0.4, 0.55, r[0]), _between(1.1, 1.25, r[1])
+    small, big = _between(0.5, 0.6, r[0]), _between(1.1, 1.25, r[1])
     size = small * (big / small) ** (t if direction > 0 else 1 - t)
     return _between(-0.3, 0.3, r[2]) + 0 * t, _between(-0.05, 0.1, r[3]) + 0 * t, size, 0 * t
 
@@ -173,59 +172,37 @@ def _stand(t: Tensor, r: Tensor):
 
 MOTIONS = {
     "moving left": Motion(
-        functools.partial(_slide, -1),
-        (("moving left", "moves left"), ("going left", "goes left"), ("moving to the left", "moves to the left")),
-        -1,
+        partial(_slide, -1),
+        "moving left/moves left, going left/goes left, moving to the left/moves to the left",
+        faces=-1,
     ),
     "moving right": Motion(
-        functools.partial(_slide, 1),
-        (("moving right", "moves right"), ("going right", "goes right"), ("moving to the right", "moves to the right")),
-        1,
+        partial(_slide, 1),
+        "moving right/moves right, going right/goes right, moving to the right/moves to the right",
+        faces=1,
     ),
     "flying up": Motion(
-        functools.partial(_rise, -1),
-        (
-            ("flying up", "flies up"),
-            ("rising", "rises"),
-            ("soaring", "soars"),
-            ("flying", "flies"),
-            ("moving up", "moves up"),
-        ),
+        partial(_rise, -1), "flying up/flies up, rising/rises, soaring/soars, flying/flies, moving up/moves up"
     ),
     "falling down": Motion(
-        functools.partial(_rise, 1),
-        (("falling down", "falls down"), ("falling", "falls"), ("dropping", "drops"), ("moving down", "moves down")),
+        partial(_rise, 1), "falling down/falls down, falling/falls, dropping/drops, moving down/moves down"
     ),
-    "jumping": Motion(
-        _jump,
-        (
-            ("jumping", "jumps"),
-            ("hopping", "hops"),
-            ("bouncing", "bounces"),
-            ("jumping up and down", "jumps up and down"),
-        ),
-    ),
-    "spinning": Motion(
-        _spin, (("spinning", "spins"), ("turning", "turns"), ("rotating", "rotates"), ("rolling", "rolls"))
-    ),
-    "growing": Motion(functools.partial(_resize, 1), (("growing", "grows"), ("getting bigger", "gets bigger"))),
-    "shrinking": Motion(
-        functools.partial(_resize, -1), (("shrinking", "shrinks"), ("getting smaller", "gets smaller"))
-    ),
-    "swinging": Motion(_swing, (("swinging", "swings"), ("dancing", "dances"), ("swaying", "sways"))),
-    "circling": Motion(_circle, (("circling", "circles"), ("moving in a circle", "moves in a circle"))),
-    "standing still": Motion(
-        _stand, (("standing still", "stands still"), ("standing", "stands"), ("resting", "rests"))
-    ),
+    "jumping": Motion(_jump, "jumping/jumps, hopping/hops, bouncing/bounces, jumping up and down/jumps up and down"),
+    "spinning": Motion(_spin, "spinning/spins, turning/turns, rotating/rotates, rolling/rolls"),
+    "growing": Motion(partial(_resize, 1), "growing/grows, getting bigger/gets bigger"),
+    "shrinking": Motion(partial(_resize, -1), "shrinking/shrinks, getting smaller/gets smaller"),
+    "swinging": Motion(_swing, "swinging/swings, dancing/dances, swaying/sways"),
+    "circling": Motion(_circle, "circling/circles, moving in a circle/moves in a circle"),
+    "standing still": Motion(_stand, "standing still/stands still, standing/stands, resting/rests"),
 }
 
 
 # ----------------------------------------------------------------------------------------------------------- places
 
 
-@functools.lru_cache(maxsize=8)
+@lru_cache(maxsize=8)
 def _texture(height: int) -> Tensor:
-    """(1, 1, 512, 512) cloudy noise, about -1..1, 4 frame heights wide; no waves under 2.5 pixels of a frame so high."""
+    """(1, 1, 512, 512) cloudy noise, about -1..1, 4 frame heights wide, no waves under 2.5 pixels."""
     frequency = np.hypot(np.fft.fftfreq(512)[:, None], np.fft.rfftfreq(512)[None]) * 128  # in waves per frame height
     strength = np.where(frequency > 0.6, np.maximum(frequency, 0.6) ** -1.9, 0)
     white = np.fft.rfft2(np.random.default_rng(7).standard_normal((512, 512)))
@@ -263,10 +240,10 @@ class Canvas:
 
     def colour(self, first: int, second: int) -> Tensor:
         """A colour by chance between two, given as 0xRRGGBB."""
-        return torch.lerp(_rgb(first), _rgb(second), self.random())
+        return lerp(_rgb(first), _rgb(second), self.random())
 
     def gradient(self, top: Tensor, bottom: Tensor, start: float = 0.0, end: float = 1.0) -> Tensor:
-        return torch.lerp(top, bottom, ((self.y - start) / (end - start)).clamp(0, 1))
+        return lerp(top, bottom, ((self.y - start) / (end - start)).clamp(0, 1))
 
     def inside(self, distance: Tensor) -> Tensor:
         """Mask of where `distance` is positive, with an edge one pixel wide."""
@@ -314,7 +291,7 @@ class Canvas:
         drift = self.side() * self.random(0.15, 0.35) * self.t
         noise = self.noise(self.x * 0.6 + drift, self.y * 1.2 + 0.1 * self.t)
         mask = ((noise - 0.5 + cover) * 2.5).clamp(0, 1) * ((bottom - self.y) * 4).clamp(0, 1)
-        return torch.lerp(image, colour, opacity * mask)
+        return lerp(image, colour, opacity * mask)
 
 
 def _rgb(code: int) -> Tensor:
@@ -330,17 +307,17 @@ def _beach(c: Canvas) -> Tensor:
     horizon, shore = c.random(0.3, 0.38), c.random(0.56, 0.64)
     tide = 0.035 * (2 * math.pi * (c.t * c.random(0.8, 1.3) + c.random())).sin()
     edge = shore + tide + c.ridge(0.6, 0.035) + c.random(-0.06, 0.06) * c.x
-    sand = torch.lerp(c.colour(0xF2D495, 0xE9C27E), c.colour(0xFBE7BC, 0xF3D9A0), 0.5 + 0.5 * c.noise(c.x, c.y))
+    sand = lerp(c.colour(0xF2D495, 0xE9C27E), c.colour(0xFBE7BC, 0xF3D9A0), 0.5 + 0.5 * c.noise(c.x, c.y))
     sea = c.gradient(c.colour(0x1273B8, 0x0F86B5), c.colour(0x43CFCB, 0x5AD8DC), 0.35, 0.62)
     ripples = c.noise(c.x * 0.4 + 0.15 * c.t, c.y * 2 - 0.5 * c.t)
-    image = torch.lerp(image, torch.lerp(sea, WHITE, 0.35 * ripples.clamp(0, 1)), c.inside(c.y - horizon))
-    image = torch.lerp(image, sand, c.inside(c.y - edge))
-    image = torch.lerp(image, WHITE, 0.9 * c.inside(0.028 - (c.y - edge).abs()))
+    image = lerp(image, lerp(sea, WHITE, 0.35 * ripples.clamp(0, 1)), c.inside(c.y - horizon))
+    image = lerp(image, sand, c.inside(c.y - edge))
+    image = lerp(image, WHITE, 0.9 * c.inside(0.028 - (c.y - edge).abs()))
     side = c.side()
     root, lean = side * c.random(0.6, 0.78), -side * c.random(0.05, 0.15)
     top = c.random(0.14, 0.24)
     trunk = root + lean * ((0.85 - c.y) / 0.65).clamp(0, 1) ** 2
-    image = torch.lerp(
+    image = lerp(
         image, _rgb(0x8A5A33), c.inside(0.03 - (c.x - trunk).abs()) * c.inside(c.y - top) * c.inside(0.85 - c.y)
     )
     sway = 0.02 * (2 * math.pi * (c.t + c.random())).sin()
@@ -348,7 +325,7 @@ def _beach(c: Canvas) -> Tensor:
     for reach, droop in ((-0.36, 0.13), (0.36, 0.13), (-0.26, 0.32), (0.26, 0.32), (-0.24, -0.1), (0.24, -0.1)):
         along = dx / reach
         leaf = 0.045 * (along * (1 - along) * 4).clamp(min=0).sqrt() - (c.y - top - (droop + sway) * along**2).abs()
-        image = torch.lerp(image, _rgb(0x2E8B3A), c.inside(leaf) * (along > 0) * (along < 1))
+        image = lerp(image, _rgb(0x2E8B3A), c.inside(leaf) * (along > 0) * (along < 1))
     return image
 
 
@@ -356,30 +333,30 @@ def _night(c: Canvas) -> Tensor:
     image = c.gradient(c.colour(0x050B2E, 0x0A1445), c.colour(0x1F3A86, 0x2C3F96))
     x, y, weight = c.randoms(45, -0.95, 0.95), c.randoms(45, 0, 0.85), c.randoms(45, 0.3, 1)
     twinkle = weight * (0.75 + 0.25 * (2 * math.pi * (2 * c.time() + x * 7)).sin())
-    image = torch.lerp(image, _rgb(0xFFF6D0), c.dots(x + 0.03 * c.time(), y, 0.026, twinkle[..., None]))
+    image = lerp(image, _rgb(0xFFF6D0), c.dots(x + 0.03 * c.time(), y, 0.03, twinkle[..., None]))
     mx, my, radius = c.side() * c.random(0.4, 0.65), c.random(0.16, 0.26) - 0.03 * c.t, c.random(0.11, 0.15)
-    image = torch.lerp(image, _rgb(0xFFF3C0), 0.35 * c.glow(mx, my, 2.2 * radius))
+    image = lerp(image, _rgb(0xFFF3C0), 0.35 * c.glow(mx, my, 2.2 * radius))
     crescent = c.disc(mx, my, radius) * (1 - c.disc(mx + c.side() * 0.55 * radius, my - 0.25 * radius, 0.85 * radius))
-    image = torch.lerp(image, _rgb(0xFFF4C4), crescent)
+    image = lerp(image, _rgb(0xFFF4C4), crescent)
     image = c.clouds(image, _rgb(0x35478F), 0.2, 0.8, 0.5)
-    image = torch.lerp(image, c.colour(0x0F2450, 0x183058), c.inside(c.y - c.random(0.76, 0.82) + c.ridge(0.7, 0.07)))
-    return torch.lerp(image, _rgb(0x060A1E), c.inside(c.y - c.random(0.86, 0.92) + c.ridge(0.5, 0.06)))
+    image = lerp(image, c.colour(0x0F2450, 0x183058), c.inside(c.y - c.random(0.76, 0.82) + c.ridge(0.7, 0.07)))
+    return lerp(image, _rgb(0x060A1E), c.inside(c.y - c.random(0.86, 0.92) + c.ridge(0.5, 0.06)))
 
 
 def _grass(c: Canvas) -> Tensor:
     image = c.gradient(c.colour(0x4FA8F0, 0x6CBCF5), c.colour(0xC5E8FB, 0xDFF2FA), 0, 0.5)
     image = c.clouds(image, WHITE, 0.45, 0.5)
     top = c.random(0.36, 0.46)
-    image = torch.lerp(image, c.colour(0x6DBB4A, 0x86C95A), c.inside(c.y - top + 0.04 + c.ridge(0.5, 0.06)))
+    image = lerp(image, c.colour(0x6DBB4A, 0x86C95A), c.inside(c.y - top + 0.04 + c.ridge(0.5, 0.06)))
     hill = c.inside(c.y - top - 0.06 + c.ridge(0.4, 0.05))
     green = c.gradient(c.colour(0x63BE3B, 0x55B53A), c.colour(0x2F8F2A, 0x3D9A22), 0.4, 1)
     wind = 0.05 * (2 * math.pi * (1.5 * c.t - c.x + c.random())).sin() * (1 - c.y)
-    blades = c.noise((c.x + wind) * 1.0, c.y * 0.3)
-    image = torch.lerp(image, (green * (1 + 0.2 * blades)).clamp(0, 1), hill)
+    blades = c.noise(c.x + wind, c.y * 0.3)
+    image = lerp(image, (green * (1 + 0.2 * blades)).clamp(0, 1), hill)
     x, y = c.randoms(24, -0.95, 0.95), c.randoms(24, 0.58, 1.0)
     swing = 0.015 * (2 * math.pi * (1.5 * c.time() + x)).sin()
-    image = torch.lerp(image, c.colour(0xFFE34A, 0xFFFFFF), c.dots(x[:, :12] + swing[:, :12], y[:, :12], 0.03))
-    return torch.lerp(image, c.colour(0xF0507A, 0xE84A3A), c.dots(x[:, 12:] + swing[:, 12:], y[:, 12:], 0.028))
+    image = lerp(image, c.colour(0xFFE34A, 0xFFFFFF), c.dots(x[:, :12] + swing[:, :12], y[:, :12], 0.03))
+    return lerp(image, c.colour(0xF0507A, 0xE84A3A), c.dots(x[:, 12:] + swing[:, 12:], y[:, 12:], 0.028))
 
 
 def _pines(c: Canvas, image: Tensor, colour: Tensor, tip: Tensor, count: int, ground: float) -> Tensor:
@@ -388,67 +365,67 @@ def _pines(c: Canvas, image: Tensor, colour: Tensor, tip: Tensor, count: int, gr
         top, foot = ground - c.random(0.25, 0.45), ground + c.random(-0.02, 0.06)
         slope = (c.y - top) * 0.3
         tree = c.inside(slope - (c.x - x).abs()) * c.inside(foot - c.y)
-        image = torch.lerp(image, colour, tree)
-        image = torch.lerp(image, tip, tree * c.inside(top + 0.12 - c.y + 0.5 * (c.x - x).abs()))
+        image = lerp(image, colour, tree)
+        image = lerp(image, tip, tree * c.inside(top + 0.12 - c.y + 0.5 * (c.x - x).abs()))
     return image
 
 
 def _snow(c: Canvas) -> Tensor:
     image = c.gradient(c.colour(0x7F9CBC, 0x93A9C4), c.colour(0xB9CBDD, 0xCAD8E4), 0, 0.6)
     ground = 0.55
-    image = torch.lerp(image, _rgb(0xD3E0EC), c.inside(c.y - c.random(0.42, 0.5) + c.ridge(0.6, 0.06)))
+    image = lerp(image, _rgb(0xD3E0EC), c.inside(c.y - c.random(0.42, 0.5) + c.ridge(0.6, 0.06)))
     image = _pines(c, image, c.colour(0x2F5B52, 0x3C6A5C), _rgb(0xF4F9FF), 5, ground)
     field = c.gradient(_rgb(0xFFFFFF), c.colour(0xCBDDF2, 0xDCE8F5), 0.55, 1.05)
-    image = torch.lerp(image, field, c.inside(c.y - ground - 0.03 + c.ridge(0.5, 0.04)))
-    image = torch.lerp(image, _rgb(0xBBD0EA), 0.6 * (c.noise(c.x * 0.4, c.y) * c.inside(c.y - 0.62)).clamp(0, 1))
+    image = lerp(image, field, c.inside(c.y - ground - 0.03 + c.ridge(0.5, 0.04)))
+    image = lerp(image, _rgb(0xBBD0EA), 0.6 * (c.noise(c.x * 0.4, c.y) * c.inside(c.y - 0.62)).clamp(0, 1))
     for count, radius, speed in ((30, 0.028, 0.6), (18, 0.038, 0.9)):
         x, y = c.randoms(count, -1, 1), c.randoms(count, 0, 1.2)
         x = x + 0.05 * (2 * math.pi * (c.time() + y)).sin()
-        image = torch.lerp(image, WHITE, c.dots(x, (y + speed * c.time()) % 1.2 - 0.1, radius))
+        image = lerp(image, WHITE, c.dots(x, (y + speed * c.time()) % 1.2 - 0.1, radius))
     return image
 
 
 def _desert(c: Canvas) -> Tensor:
     image = c.gradient(c.colour(0x59B4E6, 0x7CC4E8), c.colour(0xFBE3B0, 0xFDD9A0), 0, 0.5)
     sx, sy = c.random(-0.7, 0.7), c.random(0.1, 0.2)
-    image = torch.lerp(image, _rgb(0xFFF7C0), 0.7 * c.glow(sx, sy, 0.22 + 0.02 * (12 * c.t).sin()))
-    image = torch.lerp(image, _rgb(0xFFF6B8), c.disc(sx, sy, 0.08))
+    image = lerp(image, _rgb(0xFFF7C0), 0.7 * c.glow(sx, sy, 0.22 + 0.02 * (12 * c.t).sin()))
+    image = lerp(image, _rgb(0xFFF6B8), c.disc(sx, sy, 0.08))
     for base, light, dark in ((0.42, 0xEDB565, 0xD89A4D), (0.56, 0xE8A552, 0xC98338), (0.76, 0xF0B25A, 0xD08A3A)):
         line = base + c.random(-0.03, 0.03) + c.ridge(0.45, 0.08)
         ripples = c.noise(c.x * 0.5 + 0.2 * c.t, (c.y - line) * 2)
-        dune = torch.lerp(_rgb(light), _rgb(dark), ((c.y - line) * 3 + 0.35 * ripples).clamp(0, 1))
-        image = torch.lerp(image, dune, c.inside(c.y - line))
+        dune = lerp(_rgb(light), _rgb(dark), ((c.y - line) * 3 + 0.35 * ripples).clamp(0, 1))
+        image = lerp(image, dune, c.inside(c.y - line))
         if base == 0.42:
             continue
         # A cactus behind the next dune: a stem and two arms, each a capsule.
         x, foot, green = c.random(-0.75, 0.75), base + 0.12, c.colour(0x2F7D3B, 0x3C8F45)
         for dx, low, high, wide in ((0, 0, 0.36, 0.035), (-0.1, 0.14, 0.26, 0.024), (0.1, 0.1, 0.22, 0.024)):
             near = ((c.y - (foot - high)).clamp(max=0) + (c.y - (foot - low)).clamp(min=0)) ** 2
-            image = torch.lerp(image, green, c.inside(wide - ((c.x - x - dx) ** 2 + near).sqrt()))
+            image = lerp(image, green, c.inside(wide - ((c.x - x - dx) ** 2 + near).sqrt()))
         for low, left, right in ((0.14, -0.1, 0), (0.1, 0, 0.1)):
             bar = torch.minimum(c.x - x - left, x + right - c.x)
-            image = torch.lerp(image, green, c.inside(bar) * c.inside(0.022 - (c.y - foot + low).abs()))
+            image = lerp(image, green, c.inside(bar) * c.inside(0.022 - (c.y - foot + low).abs()))
     return image
 
 
 def _sunset(c: Canvas) -> Tensor:
     horizon = c.random(0.58, 0.66)
     image = c.gradient(c.colour(0x4A2A7A, 0x6A2F80), c.colour(0xF0524A, 0xF26A3A), 0, 0.4)
-    image = torch.lerp(image, _rgb(0xFFC04A), ((c.y - 0.3) * 3).clamp(0, 1))
+    image = lerp(image, _rgb(0xFFC04A), ((c.y - 0.3) * 3).clamp(0, 1))
     x, radius = c.random(-0.5, 0.5), c.random(0.19, 0.25)
     y = horizon - c.random(0.04, 0.1) + 0.08 * c.t
-    image = torch.lerp(image, _rgb(0xFFE08A), 0.6 * c.glow(x, y, 2 * radius))
-    image = torch.lerp(image, _rgb(0xFFF0A0), c.disc(x, y, radius))
+    image = lerp(image, _rgb(0xFFE08A), 0.6 * c.glow(x, y, 2 * radius))
+    image = lerp(image, _rgb(0xFFF0A0), c.disc(x, y, radius))
     bands = c.noise(c.x * 0.3 + c.side() * 0.2 * c.t, c.y * 2)
-    image = torch.lerp(
+    image = lerp(
         image, c.colour(0x8A2F6A, 0xB03A5A), 0.75 * ((bands - 0.15) * 3).clamp(0, 1) * (0.6 - c.y).clamp(0, 0.2) * 5
     )
     sea = c.gradient(c.colour(0xC2483E, 0xB04050), c.colour(0x3A1B55, 0x2B1A4A), 0.6, 1)
     waves = c.noise(c.x * 0.35 + 0.1 * c.t, c.y * 2 - 0.5 * c.t)
     path = (-(((c.x - x) / (0.12 + 0.35 * (c.y - horizon).clamp(min=0))) ** 2)).exp()
-    sea = torch.lerp(sea, _rgb(0xFFC860), (path * (0.55 + 0.7 * waves)).clamp(0, 1))
-    sea = torch.lerp(sea, _rgb(0xF08050), 0.3 * waves.clamp(0, 1))
-    return torch.lerp(image, sea, c.inside(c.y - horizon))
+    sea = lerp(sea, _rgb(0xFFC860), (path * (0.55 + 0.7 * waves)).clamp(0, 1))
+    sea = lerp(sea, _rgb(0xF08050), 0.3 * waves.clamp(0, 1))
+    return lerp(image, sea, c.inside(c.y - horizon))
 
 
 def _ocean(c: Canvas) -> Tensor:
@@ -456,30 +433,30 @@ def _ocean(c: Canvas) -> Tensor:
     source = c.random(-0.6, 0.6)
     fan = (c.x - source) / (c.y + 0.5)
     rays = (9 * fan + 2 * c.t + 6 * c.random()).sin() + (15 * fan - 3 * c.t + 6 * c.random()).sin()
-    image = torch.lerp(image, _rgb(0xBFF4FF), (0.24 * rays).clamp(0, 1) * (1 - c.y).clamp(0, 1))
+    image = lerp(image, _rgb(0xBFF4FF), (0.24 * rays).clamp(0, 1) * (1 - c.y).clamp(0, 1))
     surface = 0.05 + 0.02 * (9 * c.x + 5 * c.t).sin()
-    image = torch.lerp(image, _rgb(0xD8FAFF), 0.7 * c.inside(surface - c.y))
-    image = torch.lerp(image, c.colour(0x14507A, 0x2A5E78), c.inside(c.y - 0.9 + c.ridge(0.6, 0.05)))
+    image = lerp(image, _rgb(0xD8FAFF), 0.7 * c.inside(surface - c.y))
+    image = lerp(image, c.colour(0x14507A, 0x2A5E78), c.inside(c.y - 0.9 + c.ridge(0.6, 0.05)))
     for _ in range(5):
         x, top, phase = c.random(-0.8, 0.8), c.random(0.5, 0.72), c.random(0, 6)
         bend = 0.05 * (1 - c.y) * 2 * (9 * c.y + 5 * c.t + phase).sin()
         weed = 0.03 * ((c.y - top) * 8).clamp(0, 1) - (c.x - x - bend).abs()
-        image = torch.lerp(image, c.colour(0x0F6B4F, 0x1F8A55), c.inside(weed) * c.inside(c.y - top))
+        image = lerp(image, c.colour(0x0F6B4F, 0x1F8A55), c.inside(weed) * c.inside(c.y - top))
     x, y, size = c.randoms(16, -0.85, 0.85), c.randoms(16, 0, 1.2), c.randoms(16, 0.028, 0.05)
     x = x + 0.03 * (2 * math.pi * (1.5 * c.time() + y)).sin()
     bubbles = c.dots(x, (y - 0.7 * c.time()) % 1.2 - 0.1, size[..., None])
-    return torch.lerp(image, _rgb(0xD6F6FF), 0.75 * bubbles)
+    return lerp(image, _rgb(0xD6F6FF), 0.75 * bubbles)
 
 
 def _space(c: Canvas) -> Tensor:
     cloud = c.noise(c.x * 0.5 + 0.1 * c.t, c.y * 0.5 + 0.05 * c.t)
     other = c.noise(c.x * 0.5 - 0.1 * c.t, c.y * 0.5)
-    image = torch.lerp(_rgb(0x06030F), c.colour(0x6A1FA0, 0x9A1F8A), (0.15 + 0.9 * cloud).clamp(0, 1))
-    image = torch.lerp(image, c.colour(0xD040A0, 0x4040D0), 0.6 * (other * cloud.clamp(min=0) * 1.5).clamp(0, 1))
+    image = lerp(_rgb(0x06030F), c.colour(0x6A1FA0, 0x9A1F8A), (0.15 + 0.9 * cloud).clamp(0, 1))
+    image = lerp(image, c.colour(0xD040A0, 0x4040D0), 0.6 * (other * cloud.clamp(min=0) * 1.5).clamp(0, 1))
     x, y, weight = c.randoms(50, -1.0, 1.0), c.randoms(50, 0, 1), c.randoms(50, 0.25, 1)
     twinkle = weight * (0.8 + 0.2 * (2 * math.pi * (2 * c.time() + x * 7)).sin())
     drift = 0.1 * c.time()
-    image = torch.lerp(image, WHITE, c.dots((x + 1 - drift) % 2 - 1, y, 0.026, twinkle[..., None]))
+    image = lerp(image, WHITE, c.dots((x + 1 - drift) % 2 - 1, y, 0.028, twinkle[..., None]))
     px, py, radius = c.side() * c.random(0.45, 0.65), c.random(0.2, 0.8), c.random(0.15, 0.2)
     py = py - 0.04 * c.t
     dx, dy = (c.x - px) / radius, (c.y - py) / radius
@@ -487,36 +464,36 @@ def _space(c: Canvas) -> Tensor:
     u, v = dx * tilt.cos() + dy * tilt.sin(), dy * tilt.cos() - dx * tilt.sin()
     shade = (0.75 - 0.35 * (dx + dy)).clamp(0.25, 1.1)
     stripes = 0.5 + 0.5 * (7 * v + 0.5 * u).sin()
-    warm = torch.lerp(_rgb(0xE0803A), _rgb(0xFAD9A0), stripes)
-    cold = torch.lerp(_rgb(0x3A90E0), _rgb(0xA0E8F0), stripes)
-    body = torch.lerp(warm, cold, (c.random() > 0.5).float())
-    image = torch.lerp(image, (body * shade).clamp(0, 1), c.inside(radius * (1 - (dx**2 + dy**2).sqrt())))
+    warm = lerp(_rgb(0xE0803A), _rgb(0xFAD9A0), stripes)
+    cold = lerp(_rgb(0x3A90E0), _rgb(0xA0E8F0), stripes)
+    body = lerp(warm, cold, (c.random() > 0.5).float())
+    image = lerp(image, (body * shade).clamp(0, 1), c.inside(radius * (1 - (dx**2 + dy**2).sqrt())))
     ring = c.inside(radius * (0.14 - ((u**2 + (v / 0.3) ** 2).sqrt() - 1.65).abs() * 0.6))
     hidden = ((v < 0) & (dx**2 + dy**2 < 1)).float()  # the far half runs behind the planet
-    return torch.lerp(image, c.colour(0xF0D8B0, 0xC8B0F0), 0.9 * ring * (1 - hidden))
+    return lerp(image, c.colour(0xF0D8B0, 0xC8B0F0), 0.9 * ring * (1 - hidden))
 
 
 def _forest(c: Canvas) -> Tensor:
     image = c.gradient(c.colour(0x5FA05A, 0x79B060), c.colour(0xA5C878, 0x8FBF70), 0, 0.7)
     rays = (6 * (c.x + 0.6 * c.y) + c.t + 6 * c.random()).sin().clamp(min=0)
-    image = torch.lerp(image, _rgb(0xF2F5B8), 0.45 * rays)
+    image = lerp(image, _rgb(0xF2F5B8), 0.45 * rays)
     for layer, (count, wide, foot, bark) in enumerate(((7, 0.025, 0.66, 0x5E6B3C), (4, 0.055, 0.8, 0x55371F))):
         for k in range(count):
             x = (k + c.random(0.15, 0.85)) * 2 / count - 1
             trunk = wide * (1 + 0.5 * ((c.y - foot + 0.1) * 6).clamp(0, 1) ** 2) - (c.x - x - 0.03 * c.y).abs()
-            image = torch.lerp(image, _rgb(bark), c.inside(trunk) * c.inside(foot + 0.06 - c.y))
+            image = lerp(image, _rgb(bark), c.inside(trunk) * c.inside(foot + 0.06 - c.y))
         if layer == 0:
             line = 0.66 + c.ridge(0.5, 0.03)
             floor = c.gradient(c.colour(0x4F7F2F, 0x5F8A35), c.colour(0x2B4A1C, 0x3A4A1C), 0.65, 1)
             floor = floor * (1 + 0.3 * c.noise(c.x, c.y * 1.5))
-            image = torch.lerp(image, floor.clamp(0, 1), c.inside(c.y - line))
+            image = lerp(image, floor.clamp(0, 1), c.inside(c.y - line))
     rustle = 0.03 * (2 * math.pi * (c.t + c.x)).sin()
     leaves = c.noise(c.x + rustle, c.y + rustle)
     depth = 0.3 + c.ridge(0.9, 0.06) + 0.16 * leaves - c.y
-    green = torch.lerp(c.colour(0x1F5A22, 0x1A4F2A), c.colour(0x3F8F35, 0x55962F), (0.5 + 0.7 * leaves).clamp(0, 1))
-    image = torch.lerp(image, green, c.inside(depth))
+    green = lerp(c.colour(0x1F5A22, 0x1A4F2A), c.colour(0x3F8F35, 0x55962F), (0.5 + 0.7 * leaves).clamp(0, 1))
+    image = lerp(image, green, c.inside(depth))
     bushes = c.inside(c.y - 0.92 + c.ridge(1.6, 0.06) + 0.08 * leaves)
-    return torch.lerp(image, c.colour(0x1F4F1F, 0x2A5F25), bushes)
+    return lerp(image, c.colour(0x1F4F1F, 0x2A5F25), bushes)
 
 
 def _city(c: Canvas) -> Tensor:
@@ -529,14 +506,14 @@ def _city(c: Canvas) -> Tensor:
             x, half = (k + c.random(0.25, 0.75)) * 2 / count - 1, c.random(0.09, 0.15)
             top, wall = c.random(low, high), c.colour(first, second)
             block = c.inside(half - (c.x - x).abs()) * c.inside(c.y - top)
-            image = torch.lerp(image, wall, block)
+            image = lerp(image, wall, block)
             panes = (0.5 + 3 * soft * (2 * math.pi * (c.x - x) / 0.105).cos()).clamp(0, 1)
             lit = lines * panes * c.inside(half - 0.03 - (c.x - x).abs()) * c.inside(c.y - top - 0.05)
-            image = torch.lerp(image, c.colour(0xFFE08A, 0xFFD060) if low > 0.2 else _rgb(0xD5DCE8), 0.85 * lit)
-    image = torch.lerp(image, _rgb(0xA8A8AC), c.inside(c.y - 0.8))
-    image = torch.lerp(image, _rgb(0x3A3A42), c.inside(c.y - 0.835))
+            image = lerp(image, c.colour(0xFFE08A, 0xFFD060) if low > 0.2 else _rgb(0xD5DCE8), 0.85 * lit)
+    image = lerp(image, _rgb(0xA8A8AC), c.inside(c.y - 0.8))
+    image = lerp(image, _rgb(0x3A3A42), c.inside(c.y - 0.835))
     dash = (0.5 + soft * 3 * (2 * math.pi * (c.x / 0.4 + c.side() * 1.6 * c.t + c.random())).sin()).clamp(0, 1)
-    return torch.lerp(image, _rgb(0xF5F0D0), dash * c.inside(0.02 - (c.y - 0.92).abs()))
+    return lerp(image, _rgb(0xF5F0D0), dash * c.inside(0.02 - (c.y - 0.92).abs()))
 
 
 def _mountains(c: Canvas) -> Tensor:
@@ -547,72 +524,58 @@ def _mountains(c: Canvas) -> Tensor:
             x, top, slope = (k + c.random(0.1, 0.9)) * 1.8 / count - 0.9, c.random(low, high), c.random(1.0, 1.5)
             rough = 0.05 * c.noise(c.x, c.y)
             dx = c.x - x
-            lit = torch.lerp(_rgb(rock), _rgb(shadow), c.inside(dx + rough))
-            snow = torch.lerp(WHITE, _rgb(0xC5D3EA), c.inside(dx + rough))
+            lit = lerp(_rgb(rock), _rgb(shadow), c.inside(dx + rough))
+            snow = lerp(WHITE, _rgb(0xC5D3EA), c.inside(dx + rough))
             cap = c.inside(top + 0.17 - c.y + 0.8 * rough + 0.03 * (40 * dx).sin())
             peak = c.inside((c.y - top + rough - slope * dx.abs()) / slope)
-            image = torch.lerp(image, torch.lerp(lit, snow, cap), peak)
+            image = lerp(image, lerp(lit, snow, cap), peak)
     mist = c.noise(c.x * 0.4 + 0.3 * c.t, c.y * 1.2)
-    image = torch.lerp(image, _rgb(0xE8EFF8), 0.6 * mist.clamp(0, 1) * (1 - ((c.y - 0.62) / 0.2) ** 2).clamp(0, 1))
-    image = torch.lerp(image, c.colour(0x5A8A55, 0x6A9A58), c.inside(c.y - 0.76 + c.ridge(0.6, 0.05)))
-    return torch.lerp(image, c.colour(0x3A6B3A, 0x4A7A3A), c.inside(c.y - 0.88 + c.ridge(0.8, 0.05)))
+    image = lerp(image, _rgb(0xE8EFF8), 0.6 * mist.clamp(0, 1) * (1 - ((c.y - 0.62) / 0.2) ** 2).clamp(0, 1))
+    image = lerp(image, c.colour(0x5A8A55, 0x6A9A58), c.inside(c.y - 0.76 + c.ridge(0.6, 0.05)))
+    return lerp(image, c.colour(0x3A6B3A, 0x4A7A3A), c.inside(c.y - 0.88 + c.ridge(0.8, 0.05)))
 
 
 def _rain(c: Canvas) -> Tensor:
     image = c.gradient(c.colour(0x4F5A68, 0x5C6674), c.colour(0x8D9AA6, 0x96A0AA), 0, 0.7)
     cloud = c.noise(c.x * 0.6 + c.side() * 0.25 * c.t, c.y)
     edge = c.random(0.2, 0.27) + 0.05 * cloud + 0.04 * (9 * c.x + 6 * c.random()).sin().abs() - c.y
-    image = torch.lerp(image, (_rgb(0x363E4A) * (1.1 + 0.4 * cloud)).clamp(0, 1), (edge * 14 + 0.5).clamp(0, 1))
+    image = lerp(image, (_rgb(0x363E4A) * (1.1 + 0.4 * cloud)).clamp(0, 1), (edge * 14 + 0.5).clamp(0, 1))
     ground = c.gradient(c.colour(0x5B6B70, 0x5E6672), c.colour(0x38464E, 0x3C424E), 0.75, 1)
-    image = torch.lerp(image, ground, c.inside(c.y - 0.77 + c.ridge(0.4, 0.02)))
+    image = lerp(image, ground, c.inside(c.y - 0.77 + c.ridge(0.4, 0.02)))
     for _ in range(5):  # ripples that widen and fade
         x, y, phase = c.random(-0.8, 0.8), c.random(0.83, 0.97), (2 * c.t + c.random()) % 1
         away = ((c.x - x) ** 2 + ((c.y - y) * 3) ** 2).sqrt() - 0.16 * phase
-        image = torch.lerp(image, _rgb(0xB8D0E0), (1 - phase) * (1 - away.abs() / 0.05).clamp(0, 1))
+        image = lerp(image, _rgb(0xB8D0E0), (1 - phase) * (1 - away.abs() / 0.05).clamp(0, 1))
     x, y = c.randoms(60, -0.95, 0.95), c.randoms(60, 0, 1.3)
-    fall = c.dots(x, (y + c.randoms(60, 2.0, 2.6) * c.time()) % 1.3 - 0.1, 0.019, 0.6, stretch=4.5)
-    return torch.lerp(image, _rgb(0xC4E0F8), 0.85 * fall * (0.2 + 4 * (c.y - 0.12)).clamp(0.2, 1))
+    fall = c.dots(x, (y + c.randoms(60, 2.0, 2.6) * c.time()) % 1.3 - 0.1, 0.02, 0.8, stretch=4.5)
+    return lerp(image, _rgb(0xC4E0F8), 0.85 * fall * (0.2 + 4 * (c.y - 0.12)).clamp(0.2, 1))
 
 
 PLACES = {
-    "at the beach": Place(
-        _beach, ("at the beach", "on the beach", "at the seaside"), ("beach", "sandy beach", "seaside")
-    ),
+    "at the beach": Place(_beach, "at the beach, on the beach, at the seaside", "beach, sandy beach, seaside"),
     "in the night sky": Place(
-        _night,
-        ("in the night sky", "at night", "under the stars", "in the moonlight"),
-        ("night sky", "starry night", "night"),
+        _night, "in the night sky, at night, under the stars, in the moonlight", "night sky, starry night, night"
     ),
     "on the grass": Place(
-        _grass,
-        ("on the grass", "in the grass", "in the meadow", "on a green field"),
-        ("green meadow", "meadow", "grass"),
+        _grass, "on the grass, in the grass, in the meadow, on a green field", "green meadow, meadow, grass"
     ),
     "in the snow": Place(
-        _snow, ("in the snow", "in a snowy field", "in falling snow", "in winter"), ("snowy field", "snow", "winter")
+        _snow, "in the snow, in a snowy field, in falling snow, in winter", "snowy field, snow, winter"
     ),
-    "in the desert": Place(_desert, ("in the desert", "in a sandy desert", "on the dunes"), ("desert", "sand dunes")),
+    "in the desert": Place(_desert, "in the desert, in a sandy desert, on the dunes", "desert, sand dunes"),
     "at sunset": Place(
-        _sunset,
-        ("at sunset", "in the sunset", "in the evening sun", "at dusk"),
-        ("sunset", "evening", "red sunset sky"),
+        _sunset, "at sunset, in the sunset, in the evening sun, at dusk", "sunset, evening, red sunset sky"
     ),
     "in the ocean": Place(
-        _ocean,
-        ("in the ocean", "in the sea", "under water", "underwater", "under the sea"),
-        ("ocean", "sea", "deep sea"),
+        _ocean, "in the ocean, in the sea, under water, underwater, under the sea", "ocean, sea, deep sea"
     ),
-    "in space": Place(_space, ("in space", "in outer space", "among the planets"), ("outer space", "space", "galaxy")),
-    "in the forest": Place(
-        _forest, ("in the forest", "in the woods", "among the trees"), ("forest", "woods", "dark forest")
-    ),
-    "in the city": Place(_city, ("in the city", "in the town", "on the street"), ("city", "city street", "street")),
+    "in space": Place(_space, "in space, in outer space, among the planets", "outer space, space, galaxy"),
+    "in the forest": Place(_forest, "in the forest, in the woods, among the trees", "forest, woods, dark forest"),
+    "in the city": Place(_city, "in the city, in the town, on the street", "city, city street, street"),
     "in the mountains": Place(
-        _mountains, ("in the mountains", "in front of the mountains", "in the alps"), ("mountains", "snowy peaks")
+        _mountains, "in the mountains, in front of the mountains, in the alps", "mountains, snowy peaks"
     ),
-    "in the rain": Place(
-        _rain, ("in the rain", "in rainy weather", "in a rainstorm"), ("rain", "rainy day", "rainy weather")
-    ),
+    "in the rain": Place(_rain, "in the rain, in rainy weather, in a rainstorm", "rain, rainy day, rainy weather"),
 }
 
 
@@ -651,12 +614,13 @@ def _with_article(name: str) -> str:
 
 
 def _caption(rng: np.random.Generator, objects: tuple[str, ...], place: str, motion: str) -> str:
-    def pick(choices, plain: float):  # the first with probability `plain`, else any
+    def pick(choices, plain: float) -> str:  # the first with probability `plain`, else any
+        choices = choices.split(", ") if isinstance(choices, str) else choices
         return choices[0] if rng.random() < plain else choices[rng.integers(len(choices))]
 
-    names = [pick((name, *OBJECTS[name].synonyms), 0.6) for name in objects]
+    names = [pick(f"{name}, {OBJECTS[name].synonyms or name}", 0.6) for name in objects]
     group = ("full", "no place", "no motion", "object")[rng.choice(4, p=(0.66, 0.12, 0.12, 0.1))]
-    doing, does = pick(MOTIONS[motion].wordings, 0.5)
+    doing, does = pick(MOTIONS[motion].wordings, 0.5).split("/")
     return pick((TEMPLATES if len(names) == 1 else PAIR_TEMPLATES)[group], 0.3).format(
         a=" and ".join(_with_article(name) for name in names),
         the="the " + names[0],
@@ -676,9 +640,8 @@ def plain_caption(object: str, place: str, motion: str) -> str:
 def vocabulary() -> set[str]:
     """All words that captions can contain."""
     texts = ["a an the is are it and", *OBJECTS]
-    texts += [text for entry in OBJECTS.values() for text in entry.synonyms]
-    texts += [text for entry in PLACES.values() for text in entry.phrases + entry.settings]
-    texts += [text for entry in MOTIONS.values() for wording in entry.wordings for text in wording]
+    texts += [entry.synonyms for entry in OBJECTS.values()] + [entry.wordings for entry in MOTIONS.values()]
+    texts += [f"{entry.phrases} {entry.settings}" for entry in PLACES.values()]
     return set(re.findall("[a-z]+", " ".join(texts)))
 
 
@@ -688,7 +651,7 @@ def held_out(object: str, place: str, motion: str) -> bool:
 
 
 def sample(rng: np.random.Generator, *, train: bool = True) -> Scene:
-    """A random scene: with train=True never of a held-out combination, else only of those, one object, plain caption."""
+    """A random scene: never of a held-out combination, or with train=False only of those, with plain captions."""
     names, places, motions = list(OBJECTS), list(PLACES), list(MOTIONS)
     while True:
         count = 2 if train and rng.random() < 0.15 else 1
@@ -704,7 +667,7 @@ def sample(rng: np.random.Generator, *, train: bool = True) -> Scene:
 # -------------------------------------------------------------------------------------------------------- rendering
 
 
-@functools.lru_cache(maxsize=1)
+@lru_cache(maxsize=1)
 def _sprites() -> list[Tensor]:
     """The objects with soft shadows: for each of LEVELS, (objects, 4, side, side) premultiplied RGBA in [0, 1]."""
     try:
@@ -743,7 +706,7 @@ def _paths(scenes: list[Scene], numbers: Tensor, times: Tensor) -> Tensor:
 
 
 def _place(scenes: list[Scene], numbers: Tensor, paths: Tensor, order: int) -> Tensor:
-    """(5, clips, frames): x, y, size, angle and flip of the first (order 0) or second object of scenes that have one."""
+    """(5, clips, frames): x, y, size, angle and flip of each scene's first (order 0) or second object."""
     x, y, size, angle = paths
     base, tilt, turn, gap = numbers[:, PATH_NUMBERS - 4 : PATH_NUMBERS].T[..., None]
     pair = torch.tensor([[len(scene.objects) == 2] for scene in scenes])

@@ -1,3 +1,5 @@
-from show_1.models.unet_3d_condition import UNet3DConditionModel
+"""The cascade's own network; everything else in it is diffusers' and transformers'."""
 
-__all__ = ["UNet3DConditionModel"]
+from show_1.models.unet_3d_condition import UNet3DConditionModel, frame_multiple
+
+__all__ = ["UNet3DConditionModel", "frame_multiple"]

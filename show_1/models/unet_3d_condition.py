@@ -103,7 +103,9 @@ class UNet3DConditionModel(UNet2DConditionModel):
         heads = [heads] * len(self.down_blocks) if isinstance(heads, int) else list(heads)
         groups = self.config.norm_num_groups
         self.transformer_in = (
-            TransformerTemporalModel(num_attention_heads=8, attention_head_dim=64, in_channels=self.conv_in.out_channels)
+            TransformerTemporalModel(
+                num_attention_heads=8, attention_head_dim=64, in_channels=self.conv_in.out_channels
+            )
             if transfromer_in_opt
             else None
         )
@@ -115,12 +117,6 @@ class UNet3DConditionModel(UNet2DConditionModel):
     def _get_init_keys(input_class: type) -> set[str]:
         # diffusers reads the configuration's fields off the constructor; ours takes those of the 2D model as they are.
         return {"transfromer_in_opt", *inspect.signature(UNet2DConditionModel.__init__).parameters}
-
-    @property
-    def frame_multiple(self) -> int:
-        """What the frames' height and width must be multiples of; 1 where the upsamplers adapt to any size."""
-        adapts = all(isinstance(s, Upsample2D) for block in self.up_blocks for s in block.upsamplers or ())
-        return 1 if adapts else 2**self.num_upsamplers
 
     def forward(
         self,
@@ -161,6 +157,12 @@ class UNet3DConditionModel(UNet2DConditionModel):
         hidden_states = self.conv_out(self.conv_act(self.conv_norm_out(hidden_states)))
         prediction = hidden_states.unflatten(0, (-1, num_frames)).transpose(1, 2)
         return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+
+
+def frame_multiple(unet: UNet2DConditionModel) -> int:
+    """Return what the frames' height and width must be multiples of; 1 where the upsamplers adapt to any size."""
+    adapts = all(isinstance(s, Upsample2D) for block in unet.up_blocks for s in block.upsamplers or ())
+    return 1 if adapts else 2**unet.num_upsamplers
 
 
 def _to_2d(names: str | list[str] | tuple[str, ...]) -> str | list[str]:

@@ -4,6 +4,13 @@ from show_1.stages.denoise import Step
 from show_1.stages.interpolation import InterpolationPipeline
 from show_1.stages.keyframes import KeyframesPipeline
 from show_1.stages.latent_upscale import LatentUpscalePipeline
-from show_1.stages.pixel_upscale import PixelUpscalePipeline
+from show_1.stages.pixel_upscale import PixelUpscalePipeline, window_starts
 
-__all__ = ["InterpolationPipeline", "KeyframesPipeline", "LatentUpscalePipeline", "PixelUpscalePipeline", "Step"]
+__all__ = [
+    "InterpolationPipeline",
+    "KeyframesPipeline",
+    "LatentUpscalePipeline",
+    "PixelUpscalePipeline",
+    "Step",
+    "window_starts",
+]

@@ -72,10 +72,14 @@ def denoise(
     """
     batch, channels = sample.shape[:2]
     guided = guidance > 1
-    embeddings = torch.cat([e.expand(batch, -1, -1) for e in ((text.negative, text.prompt) if guided else (text.prompt,))])
+    embeddings = torch.cat(
+        [e.expand(batch, -1, -1) for e in ((text.negative, text.prompt) if guided else (text.prompt,))]
+    )
     labels = None if noise_level is None else torch.full((len(embeddings),), noise_level, device=sample.device)
     learns_variance = scheduler.config.get("variance_type") in ("learned", "learned_range")
-    extra: dict[str, Any] = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    extra: dict[str, Any] = (
+        {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    )
 
     for timestep in scheduler.timesteps if timesteps is None else timesteps:
         model_input = scheduler.scale_model_input(sample, timestep)

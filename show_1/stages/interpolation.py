@@ -47,6 +47,10 @@ class InterpolationPipeline(Stage):
             condition=torch.cat([between, mask], dim=1),
             generator=generator,
         )
-        # An inner keyframe is taken from the segment that starts at it, the last frame from the last segment.
+        return self.join(segments)
+
+    @staticmethod
+    def join(segments: torch.Tensor) -> torch.Tensor:
+        """Return (segments, 3, 5, height, width) as one clip; an inner keyframe is its own segment's."""
         starts = segments[:, :, :-1].transpose(0, 1).flatten(1, 2)
         return torch.cat([starts, segments[-1, :, -1:]], dim=1)[None]

@@ -65,7 +65,7 @@ class LatentUpscalePipeline(Stage):
 
     def _encode_frames(self, frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         frames = frames.to(self._execution_device, self.dtype)
-        # One by one: the encoder's memory grows with its batch, and the draws below are those of one batch all the same.
+        # One by one, for the encoder's memory grows with its batch; the draw below is that of one batch all the same.
         moments = torch.cat([self.vae.encode(frame[None]).latent_dist.parameters for frame in frames])
         mean, log_variance = moments.chunk(2, dim=1)
         deviation = (0.5 * log_variance.clamp(-30, 20)).exp()

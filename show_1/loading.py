@@ -1,0 +1,174 @@
+"""Folders to stages: each component by its subfolder, whatever model_index.json says, and strictly."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    SchedulerMixin,
+    UNet2DConditionModel,
+)
+from safetensors import safe_open
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
+
+from show_1 import hub
+from show_1.cascade import Cascade
+from show_1.errors import Show1Error
+from show_1.models import UNet3DConditionModel
+from show_1.stages import InterpolationPipeline, KeyframesPipeline, LatentUpscalePipeline, PixelUpscalePipeline
+
+SCHEDULERS = {scheduler.__name__: scheduler for scheduler in (DDPMScheduler, DPMSolverMultistepScheduler)}
+
+
+class Repository:
+    """The fetched model of one table of a cascade, whose components load one by one in one dtype."""
+
+    def __init__(self, cascade: Cascade, table: str, dtype: torch.dtype):
+        self.table, self.dtype = table, dtype
+        self.variant = getattr(getattr(cascade, table), "variant", None)
+        self.folder = hub.fetch(cascade, table)
+
+    def model(self, model_class: type, component: str) -> torch.nn.Module:
+        """Return a component with its weights, in evaluation mode; every key of the files and the model must match."""
+        weights = hub.weights_in(self.folder, self.table, component, self.variant)
+        dtype_name = "dtype" if issubclass(model_class, (T5EncoderModel, CLIPTextModel)) else "torch_dtype"
+        try:
+            with _quiet():
+                model, info = model_class.from_pretrained(
+                    self.folder / component,
+                    variant=weights.variant,
+                    use_safetensors=weights.format == "safetensors",
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # told below, with the key's name
+                    **{dtype_name: self.dtype},
+                )
+        except Exception as error:  # whatever a damaged file makes the libraries raise
+            raise self._damaged(component, weights, error) from error
+        for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            for key in sorted(info[fault], key=str):
+                name, *shapes = key if isinstance(key, tuple) else (key,)
+                what = {
+                    "missing_keys": f"lacks the weight {name}",
+                    "unexpected_keys": f"holds {name}, which the model does not have",
+                    "mismatched_keys": f"holds {name} in the wrong shape"
+                    + (f", {list(shapes[0])} instead of {list(shapes[1])}" if len(shapes) == 2 else ""),
+                }[fault]
+                files = self._files(component, weights)
+                raise Show1Error(
+                    f"The model of [{self.table}] does not fit its config.json: {files} {what}.",
+                    "Take the weights and config.json of this folder from the same model.",
+                )
+        return model.eval()
+
+    def scheduler(self, component: str) -> SchedulerMixin:
+        """Return a scheduler of the class that its file names, with the original's end of the noise schedule."""
+        try:
+            config = DPMSolverMultistepScheduler.load_config(self.folder / component)
+            scheduler_class = SCHEDULERS[config["_class_name"]]
+        except KeyError as error:
+            raise self._bad_config(component, f"there is no scheduler {error}") from error
+        except (OSError, ValueError) as error:
+            raise self._bad_config(component, str(error)) from error
+        if scheduler_class is DPMSolverMultistepScheduler:
+            # The released files predate this key; then the last step went to the smallest sigma, not to zero.
+            config.setdefault("final_sigmas_type", "sigma_min")
+        return scheduler_class.from_config(config)
+
+    def tokenizer(self, tokenizer_class: type) -> PreTrainedTokenizerBase:
+        try:
+            with _quiet():
+                return tokenizer_class.from_pretrained(self.folder / "tokenizer")
+        except Exception as error:
+            raise self._bad_config("tokenizer", str(error).splitlines()[0]) from error
+
+    def _files(self, component: str, weights: hub.WeightFiles) -> str:
+        return ", ".join(str(self.folder / component / name) for name in weights.names)
+
+    def _damaged(self, component: str, weights: hub.WeightFiles, error: Exception) -> Show1Error:
+        for name in weights.names:
+            if not _opens(file := self.folder / component / name):
+                return Show1Error(
+                    f"A weight file of [{self.table}] is damaged or cut short: {file}.",
+                    "Remove it and fetch it again.",
+                )
+        return Show1Error(
+            f"The model of [{self.table}] does not load from {self.folder / component}: {str(error).splitlines()[0]}.",
+            "Take the weights and config.json of this folder from the same model.",
+        )
+
+    def _bad_config(self, component: str, why: str) -> Show1Error:
+        return Show1Error(
+            f"The {component} of [{self.table}] does not load from {self.folder / component}: {why}.",
+            "Take this folder from the model's repository again.",
+        )
+
+
+def load_keyframes(cascade: Cascade, dtype: torch.dtype) -> KeyframesPipeline:
+    repository = Repository(cascade, "keyframes", dtype)
+    return KeyframesPipeline(
+        tokenizer=repository.tokenizer(T5Tokenizer),
+        text_encoder=repository.model(T5EncoderModel, "text_encoder"),
+        unet=repository.model(UNet3DConditionModel, "unet"),
+        scheduler=repository.scheduler("scheduler"),
+    )
+
+
+def load_interpolation(cascade: Cascade, dtype: torch.dtype) -> InterpolationPipeline:
+    repository = Repository(cascade, "interpolation", dtype)
+    return InterpolationPipeline(
+        unet=repository.model(UNet3DConditionModel, "unet"), scheduler=repository.scheduler("scheduler")
+    )
+
+
+def load_pixel_upscale(cascade: Cascade, dtype: torch.dtype) -> PixelUpscalePipeline:
+    repository = Repository(cascade, "pixel_upscale", dtype)
+    first_frame = Repository(cascade, "first_frame", dtype)
+    return PixelUpscalePipeline(
+        unet=repository.model(UNet3DConditionModel, "unet"),
+        scheduler=repository.scheduler("scheduler"),
+        image_noising_scheduler=repository.scheduler("image_noising_scheduler"),
+        first_frame_unet=first_frame.model(UNet2DConditionModel, "unet"),
+        first_frame_scheduler=first_frame.scheduler("scheduler"),
+        first_frame_image_noising_scheduler=first_frame.scheduler("image_noising_scheduler"),
+    )
+
+
+def load_latent_upscale(cascade: Cascade, dtype: torch.dtype) -> LatentUpscalePipeline:
+    repository = Repository(cascade, "latent_upscale", dtype)
+    return LatentUpscalePipeline(
+        tokenizer=repository.tokenizer(CLIPTokenizer),
+        text_encoder=repository.model(CLIPTextModel, "text_encoder"),
+        vae=repository.model(AutoencoderKL, "vae"),
+        unet=repository.model(UNet3DConditionModel, "unet"),
+        scheduler=repository.scheduler("scheduler"),
+    )
+
+
+def _opens(file: Path) -> bool:
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:
+                tensors.keys()
+        elif file.suffix == ".bin":
+            torch.load(file, map_location="meta", weights_only=True)
+    except Exception:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' advice to developers (deprecations, report tables) from people who asked for a video."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.ERROR)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)

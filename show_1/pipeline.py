@@ -1,0 +1,361 @@
+"""Prompt in, video out: the chain of stages, told as it happens."""
+
+import math
+import platform
+import secrets
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+
+import show_1
+from show_1 import loading, video
+from show_1.cascade import Cascade
+from show_1.errors import Show1Error
+from show_1.models import frame_multiple
+from show_1.stages import (
+    InterpolationPipeline,
+    KeyframesPipeline,
+    LatentUpscalePipeline,
+    PixelUpscalePipeline,
+    Step,
+    window_starts,
+)
+from show_1.text import dropped_words
+
+MAX_SEED = 2**53 - 1  # the largest whole number that JSON and browsers keep exactly
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that the user should know; the work goes on."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class StageStart:
+    """A stage begins, of `steps` denoising steps."""
+
+    stage: str
+    steps: int
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """Step number `step` of `steps` is done; `preview` is (frames, height, width, 3) uint8 where it was asked for."""
+
+    stage: str
+    step: int
+    steps: int
+    preview: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What a stage has made: (1, 3, frames, height, width) in [−1, 1]; the first frame without the frames."""
+
+    stage: str
+    tensor: torch.Tensor
+
+    @property
+    def frames(self) -> np.ndarray:
+        """The clip for people, (frames, height, width, 3) uint8."""
+        return video.to_uint8(self.tensor if self.tensor.ndim == 5 else self.tensor[:, :, None])
+
+
+@dataclass(frozen=True)
+class Video:
+    """The result: frames (frames, height, width, 3) uint8, and the settings that made them.
+
+    `tensors` holds what the stages have passed on, on the CPU: prompt_embeds and negative_prompt_embeds
+    (1, 77, features), keyframes, interpolated, first_frame, pixel_upscaled in [−1, 1], and video, about [−1, 1].
+    """
+
+    frames: np.ndarray
+    settings: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+Event = Notice | StageStart | StepDone | Clip | Video
+
+
+class Show1Pipeline:
+    """The cascade of arXiv 2309.15818: four diffusers pipelines, one after the other."""
+
+    def __init__(
+        self,
+        cascade: Cascade,
+        keyframes: KeyframesPipeline,
+        interpolation: InterpolationPipeline,
+        pixel_upscale: PixelUpscalePipeline,
+        latent_upscale: LatentUpscalePipeline,
+    ):
+        self.cascade = cascade
+        self.keyframes = keyframes
+        self.interpolation = interpolation
+        self.pixel_upscale = pixel_upscale
+        self.latent_upscale = latent_upscale
+        self._check_sizes()
+
+    @classmethod
+    def from_cascade(
+        cls,
+        name_or_file: str | Path | Cascade | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "Show1Pipeline":
+        """Load a cascade: a bundled name, a TOML file, or one read already.
+
+        By default that is `show-1` in float16 on the CUDA device where there is one, else `mini` in float32 on the CPU.
+        `dtype` is that of all models and all noise. Raises Show1Error for a cascade, model, device or dtype that will
+        not do.
+        """
+        device = check_device(device)
+        dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+        _check_dtype(device, dtype)
+        cascade = name_or_file
+        if not isinstance(cascade, Cascade):
+            cascade = Cascade.load(cascade or default_cascade(device))
+        pipeline = cls(
+            cascade,
+            loading.load_keyframes(cascade, dtype),
+            loading.load_interpolation(cascade, dtype),
+            loading.load_pixel_upscale(cascade, dtype),
+            loading.load_latent_upscale(cascade, dtype),
+        )
+        for stage in (pipeline.keyframes, pipeline.interpolation, pipeline.pixel_upscale, pipeline.latent_upscale):
+            stage.to(device)
+        return pipeline
+
+    def __call__(self, prompt: str, *, seed: int | None = None, path: str | Path | None = None) -> Video:
+        """Make a video and, where `path` is given, write it there as MP4; see `stream` for the rest."""
+        *_, result = self.stream(prompt, seed=seed, path=path)
+        return result
+
+    def stream(
+        self, prompt: str, *, seed: int | None = None, path: str | Path | None = None, previews: bool = False
+    ) -> Iterator[Event]:
+        """Yield what happens as it happens: stage starts, steps, each stage's clip, at last the Video.
+
+        To cancel, stop asking: nothing has been written until the Video comes. The same prompt, seed and cascade give
+        the same frames on the same device and dtype; without a seed one is drawn, and told in the settings. With
+        `previews` each step carries the stage's present estimate of its result (of the latent upscale's, one frame).
+
+        Raises Show1Error at once for a blank prompt, a seed beyond 0…2^53 − 1, or a path that cannot be written to.
+        """
+        check_request(prompt, seed, path)
+        seed = draw_seed() if seed is None else seed
+        return self._stream(prompt, seed, path, previews)
+
+    def _stream(self, prompt: str, seed: int, path: str | Path | None, previews: bool) -> Iterator[Event]:
+        started = time.monotonic()
+        yield from self._notices(prompt)
+        cascade = self.cascade
+        text = self.keyframes.encode(prompt)
+        tensors = {"prompt_embeds": text.prompt, "negative_prompt_embeds": text.negative}
+
+        def run(stage: str, steps: int, stream: Generator[Step, None, torch.Tensor]):
+            """Pass on a stage's steps as events, return its clip."""
+            yield StageStart(stage, steps)
+            for number in range(1, steps + 1):
+                step = next(stream)
+                yield StepDone(stage, number, steps, self._preview(stage, step) if previews else None)
+            try:
+                next(stream)
+            except StopIteration as end:
+                yield Clip(stage, end.value)
+                return end.value
+            raise RuntimeError(f"{stage} takes more than its {steps} steps")
+
+        table = cascade.keyframes
+        keyframes = yield from run(
+            "keyframes",
+            table.steps,
+            self.keyframes.stream(
+                text,
+                frames=table.frames,
+                height=table.height,
+                width=table.width,
+                steps=table.steps,
+                guidance=table.guidance,
+                seed=seed,
+            ),
+        )
+        table = cascade.interpolation
+        interpolated = yield from run(
+            "interpolation",
+            table.steps,
+            self.interpolation.stream(text, keyframes, steps=table.steps, guidance=table.guidance, seed=seed),
+        )
+        table = cascade.first_frame
+        first_frame = yield from run(
+            "first_frame",
+            table.steps,
+            self.pixel_upscale.stream_first_frame(
+                text,
+                interpolated[:, :, 0],
+                steps=table.steps,
+                guidance=table.guidance,
+                noise_level=table.noise_level,
+                seed=seed,
+            ),
+        )
+        table = cascade.pixel_upscale
+        pixel_upscaled = yield from run(
+            "pixel_upscale",
+            table.steps * len(window_starts(interpolated.shape[2])),
+            self.pixel_upscale.stream(
+                text,
+                interpolated,
+                first_frame,
+                steps=table.steps,
+                guidance=table.guidance,
+                noise_level=table.noise_level,
+                seed=seed,
+            ),
+        )
+        table = cascade.latent_upscale
+        upscaled = yield from run(
+            "latent_upscale",
+            int(table.steps * table.strength),
+            self.latent_upscale.stream(
+                self.latent_upscale.encode(prompt, table.negative_prompt),
+                pixel_upscaled,
+                height=table.height,
+                width=table.width,
+                steps=table.steps,
+                strength=table.strength,
+                guidance=table.guidance,
+                seed=seed,
+            ),
+        )
+        tensors |= {
+            "keyframes": keyframes,
+            "interpolated": interpolated,
+            "first_frame": first_frame,
+            "pixel_upscaled": pixel_upscaled,
+            "video": upscaled,
+        }
+        frames = video.to_uint8(upscaled)
+        settings = self._settings(prompt, seed) | {"seconds": round(time.monotonic() - started, 1)}
+        if path is not None:
+            # The seconds stay out of the file: the same video is the same bytes.
+            video.write(path, frames, cascade.fps, self._settings(prompt, seed))
+        yield Video(frames, settings, {name: tensor.cpu() for name, tensor in tensors.items()})
+
+    def _notices(self, prompt: str) -> Iterator[Notice]:
+        for tokenizer, stages in (
+            (self.keyframes.tokenizer, "pixel stages"),
+            (self.latent_upscale.tokenizer, "latent upscale"),
+        ):
+            if dropped := dropped_words(tokenizer, prompt):
+                yield Notice(f"The prompt is longer than 77 tokens. The {stages} do not see: {dropped}")
+
+    @torch.no_grad()
+    def _preview(self, stage: str, step: Step) -> np.ndarray:
+        clip = step.clean
+        if stage == "interpolation":
+            clip = self.interpolation.join(clip)
+        elif stage == "first_frame":
+            clip = clip[:, :, None]
+        elif stage == "latent_upscale":
+            middle = clip.shape[2] // 2
+            clip = self.latent_upscale.decode(clip[:, :, middle : middle + 1])
+        return video.to_uint8(clip)
+
+    def _settings(self, prompt: str, seed: int) -> dict[str, Any]:
+        unet = self.keyframes.unet
+        return {
+            "prompt": prompt,
+            "seed": seed,
+            "cascade": self.cascade.settings(),
+            "device": unet.device.type,
+            "dtype": str(unet.dtype).removeprefix("torch."),
+            "versions": {
+                "show-1": show_1.__version__,
+                "torch": torch.__version__,
+                "diffusers": diffusers.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+    def _check_sizes(self) -> None:
+        small = math.lcm(frame_multiple(self.keyframes.unet), frame_multiple(self.interpolation.unet))
+        large = math.lcm(frame_multiple(self.pixel_upscale.first_frame_unet), frame_multiple(self.pixel_upscale.unet))
+        latent = 2 ** (len(self.latent_upscale.vae.config.block_out_channels) - 1)
+        for table, multiple in (
+            (
+                "keyframes",
+                math.lcm(small, large // math.gcd(large, 4)),
+            ),  # the pixel upscale works on four times the size
+            ("latent_upscale", math.lcm(latent * frame_multiple(self.latent_upscale.unet), 2)),
+        ):
+            for key in ("height", "width"):
+                size = getattr(getattr(self.cascade, table), key)
+                if size % multiple:
+                    raise Show1Error(
+                        f"{self.cascade.file}, table [{table}]: {key} = {size} does not suit these models.",
+                        f"Give a multiple of {multiple}, as {max(round(size / multiple), 1) * multiple}.",
+                    )
+
+
+def check_request(prompt: str, seed: int | None, path: str | Path | None) -> None:
+    """Raise Show1Error for a blank prompt, a seed that is none, or a path that cannot be written to."""
+    if not prompt.strip():
+        raise Show1Error("The prompt is empty.", 'Say what the video should show, as in "a panda in the snow".')
+    if seed is not None and (type(seed) is not int or not 0 <= seed <= MAX_SEED):
+        raise Show1Error(f"The seed cannot be {seed!r}.", f"Give a whole number from 0 to {MAX_SEED}.")
+    if path is not None:
+        video.check_writable(path)
+
+
+def draw_seed() -> int:
+    """Return a random seed, short enough to be read out."""
+    return secrets.randbelow(2**31)
+
+
+def default_cascade(device: torch.device) -> str:
+    """Return the bundled cascade that suits a device."""
+    return "show-1" if device.type == "cuda" else "mini"
+
+
+def check_device(device: str | torch.device | None) -> torch.device:
+    """Return the device, by default the CUDA device where there is one; raise Show1Error if it is not here."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise Show1Error(
+            f"There is no device {str(device)!r} here: {str(error).splitlines()[0].rstrip('.')}.",
+            "Leave the device out to use what there is, or say cpu.",
+        ) from None
+    return device
+
+
+def _check_dtype(device: torch.device, dtype: torch.dtype) -> None:
+    """Try what the models do in this dtype; not every processor can in half precision."""
+    try:
+        x = torch.ones(1, 32, 4, 4, dtype=dtype, device=device)
+        torch.nn.GroupNorm(4, 32, device=device, dtype=dtype)(x)
+        torch.nn.Conv2d(32, 32, 3, device=device, dtype=dtype)(x)
+        torch.nn.Conv3d(32, 32, (3, 1, 1), device=device, dtype=dtype)(x[:, :, :, None])
+        tokens = x.flatten(2).transpose(1, 2)
+        torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+        torch.nn.functional.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=True)
+        torch.randn(4, dtype=dtype)
+    except (RuntimeError, TypeError) as error:
+        raise Show1Error(
+            f"This {device.type} device cannot compute in {str(dtype).removeprefix('torch.')}: "
+            f"{str(error).splitlines()[0].rstrip('.')}.",
+            "Choose another dtype, as float32.",
+        ) from None
