@@ -184,6 +184,7 @@ class Stage:
     batches: Callable[[np.random.Generator], dict]
     loss: Callable[[dict[str, nn.Module], dict], torch.Tensor]
     folders: dict[str, str]  # model name → folder under show_1/mini, where the result is saved
+    finish: Callable[[dict[str, nn.Module]], None] = lambda trained: None  # last touches before each saving
 
 
 def _states(encoder: T5EncoderModel, tokenizer, captions: list[str]) -> torch.Tensor:
@@ -259,8 +260,16 @@ def pixel_upscale_stage() -> Stage:
 
 
 def vae_stage() -> Stage:
+    crops = full_crops(np.random.default_rng(0))["clean"]
+
+    def scale_latents(trained: dict[str, nn.Module]) -> None:
+        # The diffusion model wants latents of unit variance.
+        deviation = trained["vae"].encode(crops).latent_dist.mean.std().item()
+        trained["vae"].register_to_config(scaling_factor=1 / deviation)
+
+    vae = models.autoencoder()
     return Stage(
-        {"vae": models.autoencoder()}, full_crops, lambda m, b: autoencoder_loss(m["vae"], b), {"vae": "show-1-sr2/vae"}
+        {"vae": vae}, full_crops, lambda m, b: autoencoder_loss(m["vae"], b), {"vae": "show-1-sr2/vae"}, scale_latents
     )
 
 
@@ -361,6 +370,8 @@ def run(name: str, minutes: float, seed: int) -> None:
                 "seconds": seconds,
             }
             _save(checkpoint, state)
+            with torch.no_grad():
+                stage.finish(average)
             for key, folder in stage.folders.items():
                 _export(average[key], MINI / folder)
             _log(stage=name, step=step, seconds=round(seconds), loss=round(float(np.mean(losses)), 5))
@@ -392,6 +403,14 @@ def _export(model: nn.Module, folder: Path) -> None:
     temporary.rmdir()
 
 
+def _export_schedulers() -> None:
+    for folder in ("show-1-base", "show-1-interpolation", "show-1-sr1", "IF-II-L"):
+        models.scheduler(thresholding=True).save_pretrained(MINI / folder / "scheduler")
+    for folder in ("show-1-sr1", "IF-II-L"):
+        models.image_noising_scheduler().save_pretrained(MINI / folder / "image_noising_scheduler")
+    models.scheduler(thresholding=False).save_pretrained(MINI / "show-1-sr2" / "scheduler")
+
+
 def _log(**entry) -> None:
     print(json.dumps(entry), flush=True)
     with LOG.open("a") as log:
@@ -411,6 +430,7 @@ def main() -> None:
         device=f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         versions={"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()},
     )
+    _export_schedulers()
     for name, (_, share) in STAGES.items():
         if arguments.stage in ("all", name):
             run(name, arguments.minutes * (share if arguments.stage == "all" else 1), arguments.seed)
