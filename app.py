@@ -126,10 +126,8 @@ def main() -> int:
         print(f"{error.problem}\n{error.remedy}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(
-            f"The output folder {arguments.output_dir} cannot be made: {error.strerror}.\nChoose another with --output-dir.",
-            file=sys.stderr,
-        )
+        print(f"The output folder {arguments.output_dir} cannot be made: {error.strerror}.", file=sys.stderr)
+        print("Choose another with --output-dir.", file=sys.stderr)
         return 2
     pipeline = ThreadPoolExecutor(1).submit(Show1Pipeline.from_cascade, cascade, device)
     try:

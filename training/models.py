@@ -38,6 +38,7 @@ _SMALL = _PIXEL | {
     "up_block_types": ["SimpleCrossAttnUpBlock3D", "SimpleCrossAttnUpBlock3D", "ResnetUpsampleBlock3D"],
 }
 _UPSCALE = _PIXEL | {
+    "attention_head_dim": 16,
     "block_out_channels": [32, 32, 64, 96],
     "class_embed_type": "timestep",
     "in_channels": 6,
@@ -64,7 +65,8 @@ _LATENT = {
 }
 UNETS = {
     "keyframes": _SMALL | {"in_channels": 3, "block_out_channels": [32, 64, 128], "layers_per_block": [1, 2, 1]},
-    "interpolation": _SMALL | {"in_channels": 7, "block_out_channels": [32, 64, 64], "layers_per_block": 1},
+    "interpolation": _SMALL
+    | {"attention_head_dim": 8, "in_channels": 7, "block_out_channels": [32, 64, 64], "layers_per_block": 1},
     "pixel_upscale": _UPSCALE,
     "latent_upscale": _LATENT,
 }
@@ -73,9 +75,12 @@ UNETS = {
 def video_unet(stage: str) -> UNet3DConditionModel:
     """Return a new UNet whose temporal layers change nothing yet, so that it starts as its pictures' UNet."""
     unet = UNet3DConditionModel.from_config(UNETS[stage])
-    for name, parameter in unet.named_parameters():
-        if "temp_attentions" in name and ".proj_out." in name:
-            torch.nn.init.zeros_(parameter)
+    for name, module in unet.named_modules():
+        if "temp_attentions" in name and name.endswith(".proj_out"):
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+        elif isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # the data never ends, so there is nothing to overfit
     return unet
 
 

@@ -43,6 +43,15 @@ ALPHA = NOISE.alphas_cumprod.sqrt()
 SIGMA = (1 - NOISE.alphas_cumprod).sqrt()
 
 
+_attention = F.scaled_dot_product_attention
+
+
+def _attention_in_float32(query, key, value, **options):
+    """Attend in float32 whatever autocast says: twice as fast as bfloat16 on a CPU without AMX (measured)."""
+    with torch.autocast("cpu", enabled=False):
+        return _attention(query.float(), key.float(), value.float(), **options)
+
+
 # --- Batches --------------------------------------------------------------------------------------------------------
 
 
@@ -423,6 +432,7 @@ def main() -> None:
     parser.add_argument("--stage", default="all", help=f"all, or one of: {', '.join(STAGES)}")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    F.scaled_dot_product_attention = _attention_in_float32
     if arguments.stage not in ("all", *STAGES):
         parser.error(f"there is no stage {arguments.stage!r}; choose all or one of: {', '.join(STAGES)}")
     _log(
