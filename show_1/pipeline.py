@@ -352,6 +352,7 @@ def _check_dtype(device: torch.device, dtype: torch.dtype) -> None:
         tokens = x.flatten(2).transpose(1, 2)
         torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
         torch.nn.functional.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=True)
+        torch.nn.functional.interpolate(x[:, :, None], scale_factor=2.0, mode="trilinear", align_corners=True)
         torch.randn(4, dtype=dtype)
     except (RuntimeError, TypeError) as error:
         raise Show1Error(

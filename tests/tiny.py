@@ -166,7 +166,7 @@ def build(folder: Path) -> Path:
     return toml
 
 
-def _fill(name: str, shape: torch.Size, component: str) -> torch.Tensor:
+def fill(name: str, shape: torch.Size, component: str) -> torch.Tensor:
     z = np.random.RandomState(zlib.crc32(f"{component}:{name}".encode())).standard_normal(shape)
     if len(shape) > 1:
         z = z / np.sqrt(np.prod(shape[1:]))
@@ -182,7 +182,7 @@ def _write_model(model: torch.nn.Module, component: str, folder: Path, form: str
     folder.mkdir(parents=True)
     (model.save_config if hasattr(model, "save_config") else model.config.save_pretrained)(folder)
     weights = {
-        name: _fill(name, tensor.shape, component)
+        name: fill(name, tensor.shape, component)
         for name, tensor in model.state_dict().items()
         if name != "encoder.embed_tokens.weight"  # T5's `shared.weight`, by another name
     }

@@ -131,6 +131,20 @@ class UNet3DConditionModel(UNet2DConditionModel):
         self.mid_block = VideoBlock(self.mid_block, heads[-1], groups)
         self.up_blocks = nn.ModuleList(map(lambda b, h: VideoBlock(b, h, groups), self.up_blocks, reversed(heads)))
 
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """Load as diffusers does, but strictly: a key missing, left over or misshapen is a ValueError that names it.
+
+        With `output_loading_info` the caller gets the lists of such keys instead, and looks at them.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if output_loading_info:
+            return model, info
+        for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[fault]:
+                raise ValueError(f"{fault.replace('_', ' ')} in the weights: {', '.join(map(str, info[fault]))}")
+        return model
+
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
         # diffusers reads the configuration's fields off the constructor; ours takes those of the 2D model as they are.

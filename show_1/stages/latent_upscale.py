@@ -4,6 +4,7 @@ from collections.abc import Generator
 
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
@@ -67,9 +68,7 @@ class LatentUpscalePipeline(Stage):
         frames = frames.to(self._execution_device, self.dtype)
         # One by one, for the encoder's memory grows with its batch; the draw below is that of one batch all the same.
         moments = torch.cat([self.vae.encode(frame[None]).latent_dist.parameters for frame in frames])
-        mean, log_variance = moments.chunk(2, dim=1)
-        deviation = (0.5 * log_variance.clamp(-30, 20)).exp()
-        return (mean + deviation * self.noise(mean.shape, generator)) * self.vae.config.scaling_factor
+        return DiagonalGaussianDistribution(moments).sample(generator) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

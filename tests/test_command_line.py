@@ -1,0 +1,114 @@
+"""`python -m show_1` as people call it: in a process of its own, on the tiny cascade and on mini."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import imageio_ffmpeg
+import pytest
+from safetensors.torch import load_file
+
+from show_1 import video
+from show_1.__main__ import main
+from tests import tiny
+
+
+def show_1(*arguments: str, cwd=None, timeout: float = 300) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "show_1", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def test_a_prompt_becomes_a_video(tiny_cascade, tmp_path):
+    out, stages = tmp_path / "video.mp4", tmp_path / "stages.safetensors"
+    settings = ["--cascade", tiny_cascade, "--seed", tiny.SEED, "--device", "cpu", "--dtype", "float64"]
+    done = show_1(tiny.PROMPT, *settings, "--out", out, "--save-stages", stages, "--set", "keyframes.steps=2")
+    assert done.returncode == 0, done.stderr
+    assert f"Seed: {tiny.SEED}" in done.stdout
+    assert f"Video: {out}" in done.stdout
+    for stage in ("keyframes", "interpolation", "first frame", "pixel upscale", "latent upscale"):
+        assert stage in done.stderr
+    assert re.search(r"2/2 \[\d\d:\d\d<\d\d:\d\d", done.stderr)  # steps, time taken, time left
+    tensors = load_file(stages)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()}["video"] == (1, 3, 29, 26, 30)
+    assert all(str(tensor.dtype) == "torch.float64" for tensor in tensors.values())
+    metadata = video.read_metadata(out)
+    assert metadata["cascade"]["keyframes"]["steps"] == 2
+    assert metadata["prompt"] == tiny.PROMPT
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["stages.safetensors", "video.mp4"]
+    assert imageio_ffmpeg.count_frames_and_secs(str(out))[0] == 29
+
+
+def test_mini_makes_its_first_video_in_a_minute(tmp_path):
+    start = time.monotonic()
+    done = show_1("a panda jumping in the snow", "--cascade", "mini", "--device", "cpu", "--seed", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    # Written beside the caller, under a name of its own.
+    (out,) = (tmp_path / "outputs").iterdir()
+    assert out.name == "a-panda-jumping-in-the-snow-1.mp4"
+    frames, seconds = imageio_ffmpeg.count_frames_and_secs(str(out))
+    assert (frames, round(seconds, 1)) == (29, 3.6)
+    assert time.monotonic() - start < 180  # a guard against hanging; the measured figure is in the README
+
+
+BAD = {
+    "blank prompt": (["  "], "prompt is empty"),
+    "unknown cascade": (["a cat", "--cascade", "minni"], "minni"),
+    "missing cascade file": (["a cat", "--cascade", "none.toml"], "none.toml"),
+    "unknown key": (["a cat", "--set", "keyframes.stepz=3"], "stepz"),
+    "steps 0": (["a cat", "--set", "keyframes.steps=0"], "keyframes.steps=0"),
+    "frame size": (["a cat", "--set", "keyframes.height=5"], "multiple of 2"),
+    "seed": (["a cat", "--seed", "one"], "'one'"),
+    "negative seed": (["a cat", "--seed", "-1"], "-1"),
+    "output folder": (["a cat", "--out", "nowhere/video.mp4"], "nowhere"),
+    "output name": (["a cat", "--out", "video.avi"], ".mp4"),
+    "stages folder": (["a cat", "--save-stages", "nowhere/s.safetensors"], "nowhere"),
+    "device": (["a cat", "--device", "cuda:9"], "cuda:9"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD.values(), ids=BAD)
+def test_bad_input_is_told_in_two_sentences(tiny_cascade, tmp_path, monkeypatch, capfd, arguments, words):
+    if "--cascade" not in arguments:
+        arguments = [*arguments, "--cascade", str(tiny_cascade)]
+    if "--out" not in arguments:
+        arguments = [*arguments, "--out", "video.mp4"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["show_1", *arguments])
+    assert main() == 2
+    said = capfd.readouterr().err
+    problem, remedy = said.strip().splitlines()[-2:]
+    assert words in problem + remedy
+    assert problem.endswith(".") and remedy.endswith((".", "mini"))
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_weights_are_named(tiny_cascade, tmp_path):
+    folder = tmp_path / "models"
+    shutil.copytree(tiny_cascade.parent, folder)
+    weights = folder / "showlab" / "show-1-sr1" / "unet" / "diffusion_pytorch_model.bin"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    done = show_1("a cat", "--cascade", folder / "cascade.toml", "--out", tmp_path / "video.mp4")
+    assert done.returncode == 2
+    assert "[pixel_upscale]" in done.stderr and str(weights) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "video.mp4").exists()
+    debugged = show_1("a cat", "--cascade", folder / "cascade.toml", "--out", tmp_path / "video.mp4", "--debug")
+    assert "Traceback" in debugged.stderr
+
+
+def test_the_settings_in_a_video_are_json(tiny_cascade, tmp_path):
+    """What a stranger's program finds in the file, without our code."""
+    out = tmp_path / "video.mp4"
+    show_1(tiny.PROMPT, "--cascade", tiny_cascade, "--seed", 3, "--out", out)
+    said = subprocess.run(
+        [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-i", out, "-f", "ffmetadata", "-"],
+        capture_output=True,
+        text=True,
+    )
+    comment = next(line for line in said.stdout.splitlines() if line.startswith("comment="))
+    assert json.loads(comment.removeprefix("comment=").replace("\\", ""))["seed"] == 3

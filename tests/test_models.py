@@ -1,0 +1,119 @@
+"""The video UNet against the released configurations, and against itself in another precision."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.resnet import TemporalConvLayer
+from safetensors.torch import load_file, save_file
+
+from show_1.models import UNet3DConditionModel, frame_multiple
+from show_1.models.unet_3d_condition import TemporalConv
+from tests import tiny
+
+CONFIGS = Path(__file__).parent / "configs"
+FAMILIES = {"pixel": tiny.PIXEL, "upscale": tiny.UPSCALE, "latent": tiny.LATENT}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "in_channels", "multiple"),
+    [
+        ("show-1-base", 1_726_848_390, 3, 8),
+        ("show-1-interpolation", 1_726_848_390 + 4 * 320 * 9, 7, 8),  # four more input channels into a 3×3 kernel
+        ("show-1-sr1", 796_343_046, 6, 16),
+        ("show-1-sr2", 1_411_233_860, 4, 1),
+    ],
+)
+def test_released_configurations(name, parameters, in_channels, multiple):
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    with torch.device("meta"):
+        unet = UNet3DConditionModel.from_config(config)
+    assert sum(p.numel() for p in unet.parameters()) == parameters
+    assert unet.conv_in.in_channels == in_channels
+    assert frame_multiple(unet) == multiple
+    kept = {key: unet.config[key] for key in config if not key.startswith("_")}
+    assert kept == {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def _inputs(unet: UNet3DConditionModel, dtype: torch.dtype, height: int = 8, width: int = 10) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    text = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
+    return {
+        "sample": torch.randn(2, unet.config.in_channels, 3, height, width, generator=generator).to(dtype),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": torch.randn(2, 7, text, generator=generator).to(dtype),
+        "class_labels": torch.tensor([250, 250]) if unet.config.class_embed_type else None,
+    }
+
+
+def _unet(family: str) -> UNet3DConditionModel:
+    unet = UNet3DConditionModel.from_config(FAMILIES[family])
+    unet.load_state_dict({name: tiny.fill(name, t.shape, family).float() for name, t in unet.state_dict().items()})
+    return unet.eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_float32_agrees_with_float64(family):
+    unet = _unet(family)
+    single = unet(**_inputs(unet, torch.float32)).sample
+    assert single.shape == (2, unet.config.out_channels, 3, 8, 10)
+    double = unet.double()(**_inputs(unet, torch.float64)).sample
+    assert (single - double).abs().max() < 1e-4
+    assert double.abs().mean() > 1e-3  # something was computed
+
+
+@torch.no_grad()
+def test_clips_of_a_batch_do_not_mix():
+    unet = _unet("pixel").double()
+    inputs = _inputs(unet, torch.float64)
+    both = unet(**inputs).sample
+    for row in range(2):
+        alone = unet(
+            inputs["sample"][row : row + 1], inputs["timestep"], inputs["encoder_hidden_states"][row : row + 1]
+        ).sample
+        assert (alone[0] - both[row]).abs().max() < 1e-10
+
+
+@torch.no_grad()
+def test_frames_see_each_other_and_the_text():
+    unet = _unet("pixel").double()
+    inputs = _inputs(unet, torch.float64)
+    before = unet(**inputs).sample
+    inputs["sample"][0, :, 2] += 1
+    assert (unet(**inputs).sample - before)[0, :, 0].abs().max() > 1e-6
+    inputs = _inputs(unet, torch.float64)
+    inputs["encoder_hidden_states"][0] += 1
+    assert (unet(**inputs).sample - before)[0].abs().max() > 1e-6
+
+
+@torch.no_grad()
+def test_latent_sizes_need_not_divide():
+    unet = _unet("latent")
+    assert unet(**_inputs(unet, torch.float32, height=7, width=9)).sample.shape[-2:] == (7, 9)
+
+
+@torch.no_grad()
+def test_temporal_convolution_is_diffusers():
+    torch.manual_seed(0)
+    layer = TemporalConv(32, dropout=0.1).double().eval()
+    torch.nn.init.normal_(layer.conv4[-1].weight)
+    hidden_states = torch.randn(2 * 5, 32, 3, 4, dtype=torch.float64)
+    expected = TemporalConvLayer.forward(layer, hidden_states, num_frames=5)
+    assert (layer(hidden_states, num_frames=5) - expected).abs().max() < 1e-12
+
+
+def test_strict_loading(tmp_path):
+    _unet("pixel").save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    UNet3DConditionModel.from_pretrained(tmp_path)
+    save_file(
+        {k: v for k, v in weights.items() if k != "down_blocks.0.temp_convs.0.conv2.3.weight"}, file, {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match=r"missing.*down_blocks\.0\.temp_convs\.0\.conv2\.3\.weight"):
+        UNet3DConditionModel.from_pretrained(tmp_path)
+    save_file(weights | {"stray.weight": torch.zeros(1)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"unexpected.*stray\.weight"):
+        UNet3DConditionModel.from_pretrained(tmp_path)

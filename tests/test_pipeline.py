@@ -1,0 +1,225 @@
+"""The whole chain on the tiny cascade: its numbers, and what a caller may rely on."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from show_1 import Show1Error, Show1Pipeline, video
+from show_1.pipeline import MAX_SEED, Clip, Notice, StageStart, StepDone, Video, draw_seed
+from show_1.stages import InterpolationPipeline
+from tests import tiny
+
+STAGES = ["keyframes", "interpolation", "first_frame", "pixel_upscale", "latent_upscale"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_cascade) -> Show1Pipeline:
+    return Show1Pipeline.from_cascade(tiny_cascade, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def result(pipeline) -> Video:
+    return pipeline(tiny.PROMPT, seed=tiny.SEED)
+
+
+def test_golden_numbers(tiny_cascade):
+    exact = Show1Pipeline.from_cascade(tiny_cascade, "cpu", torch.float64)(tiny.PROMPT, seed=tiny.SEED)
+    expected = load_file(tiny.NUMBERS)
+    kept = tiny.numbers(exact.tensors)
+    assert kept.keys() == expected.keys()
+    for name, tensor in kept.items():
+        assert tensor.dtype == torch.float64
+        assert tensor.shape == expected[name].shape
+        difference = (tensor - expected[name]).abs()
+        # The sampling amplifies rounding most where the noise is largest: see show-1's scheduler of the pixel upscale.
+        limit = {"pixel_upscaled": 2e-2, "video": 5e-3}.get(name, 1e-4)
+        assert difference.mean() < limit, name
+        if name not in ("pixel_upscaled", "video"):
+            assert difference.max() < 1e-2, name
+
+
+def test_shapes_and_settings(pipeline, result):
+    shapes = {name: tuple(tensor.shape) for name, tensor in result.tensors.items()}
+    assert shapes == {
+        "prompt_embeds": (1, 77, 16),
+        "negative_prompt_embeds": (1, 77, 16),
+        "keyframes": (1, 3, 8, 4, 6),
+        "interpolated": (1, 3, 29, 4, 6),
+        "first_frame": (1, 3, 16, 24),
+        "pixel_upscaled": (1, 3, 29, 16, 24),
+        "video": (1, 3, 29, 26, 30),
+    }
+    assert result.frames.shape == (29, 26, 30, 3)
+    assert result.frames.dtype == np.uint8
+    assert result.settings["prompt"] == tiny.PROMPT
+    assert result.settings["seed"] == tiny.SEED
+    assert result.settings["dtype"] == "float32"
+    assert result.settings["cascade"] == pipeline.cascade.settings()
+
+
+def test_same_seed_same_frames_and_nothing_left_behind(pipeline, result):
+    schedulers = {
+        name: copy.deepcopy(vars(component))
+        for stage in (pipeline.keyframes, pipeline.interpolation, pipeline.pixel_upscale, pipeline.latent_upscale)
+        for name, component in stage.components.items()
+        if name.endswith("scheduler")
+    }
+    torch.manual_seed(5)
+    state, grad, dtype = torch.get_rng_state(), torch.is_grad_enabled(), torch.get_default_dtype()
+    again = pipeline(tiny.PROMPT, seed=tiny.SEED)
+    assert np.array_equal(again.frames, result.frames)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (torch.is_grad_enabled(), torch.get_default_dtype()) == (grad, dtype)
+    for stage in (pipeline.keyframes, pipeline.interpolation, pipeline.pixel_upscale, pipeline.latent_upscale):
+        for name, component in stage.components.items():
+            if name.endswith("scheduler"):
+                assert str(vars(component)) == str(schedulers[name])
+            if isinstance(component, torch.nn.Module):
+                assert not component.training
+    other = pipeline(tiny.PROMPT, seed=tiny.SEED + 1)
+    assert not np.array_equal(other.frames, result.frames)
+
+
+def test_segments_as_one_batch_equal_one_by_one(pipeline, result):
+    text = pipeline.keyframes.encode(tiny.PROMPT)
+    keyframes = result.tensors["keyframes"]
+    settings = {"steps": 2, "guidance": 4.0, "seed": tiny.SEED}
+    one_by_one = [pipeline.interpolation(text, keyframes[:, :, i : i + 2], **settings) for i in range(7)]
+    joined = InterpolationPipeline.join(torch.cat(one_by_one))
+    assert (joined - result.tensors["interpolated"]).abs().max() < 1e-5
+
+
+def test_events_in_order_with_previews(pipeline, result, tmp_path):
+    path = tmp_path / "video.mp4"
+    events = list(pipeline.stream(tiny.PROMPT, seed=tiny.SEED, path=path, previews=True))
+    assert [e.stage for e in events if isinstance(e, StageStart)] == STAGES
+    assert [e.stage for e in events if isinstance(e, Clip)] == STAGES
+    assert [e.steps for e in events if isinstance(e, StageStart)] == [3, 2, 2, 5 * 2 - 2, 3]
+    for stage in STAGES:
+        steps = [e for e in events if isinstance(e, StepDone) and e.stage == stage]
+        assert [e.step for e in steps] == list(range(1, steps[0].steps + 1))
+        assert all(e.preview.dtype == np.uint8 and e.preview.ndim == 4 for e in steps)
+    assert isinstance(events[-1], Video)
+    assert np.array_equal(events[-1].frames, result.frames)  # looking on changes nothing
+    clips = {e.stage: e.frames.shape for e in events if isinstance(e, Clip)}
+    assert clips["first_frame"] == (1, 16, 24, 3)
+    assert clips["interpolation"] == (29, 4, 6, 3)
+    metadata = video.read_metadata(path)
+    assert metadata["seed"] == tiny.SEED
+    assert metadata["cascade"]["keyframes"]["steps"] == 3
+
+
+@pytest.mark.parametrize("after", [StageStart, StepDone, Clip])
+def test_to_cancel_is_to_stop_asking(pipeline, tmp_path, after):
+    stream = pipeline.stream(tiny.PROMPT, seed=1, path=tmp_path / "video.mp4")
+    for event in stream:
+        if isinstance(event, after):
+            break
+    stream.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_seed_one_is_drawn(pipeline):
+    seeds = {draw_seed() for _ in range(5)}
+    assert len(seeds) == 5
+    assert pipeline("a cat").settings["seed"] in range(2**31)
+
+
+def test_long_prompt_says_what_it_drops(pipeline):
+    words = [f"word{n}" for n in range(40)]
+    notices = [e for e in _until_first_step(pipeline, " ".join(words)) if isinstance(e, Notice)]
+    assert len(notices) == 2  # T5 and CLIP each read 77 tokens
+    for notice in notices:
+        dropped = notice.message.split(": ")[1].split()
+        assert dropped == words[-len(dropped) :]
+        assert 0 < len(dropped) < 40
+    assert not [e for e in _until_first_step(pipeline, "a cat") if isinstance(e, Notice)]
+
+
+def _until_first_step(pipeline, prompt):
+    events = []
+    for event in pipeline.stream(prompt, seed=1):
+        if isinstance(event, StepDone):
+            return events
+        events.append(event)
+
+
+def test_guidance_one_is_no_guidance(pipeline):
+    """At guidance 1 the negative prompt has no say, so it is not computed either: half the work."""
+    text = pipeline.keyframes.encode(tiny.PROMPT)
+    sizes = []
+    handle = pipeline.keyframes.unet.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
+    settings = {"frames": 2, "height": 4, "width": 6, "steps": 2, "seed": 1}
+    pipeline.keyframes(text, guidance=1.0, **settings)
+    pipeline.keyframes(text, guidance=2.0, **settings)
+    handle.remove()
+    assert sizes == [1, 1, 2, 2]
+
+
+def test_a_stage_saves_and_loads_as_a_diffusers_pipeline(pipeline, result, tmp_path):
+    pipeline.interpolation.save_pretrained(tmp_path)
+    loaded = InterpolationPipeline.from_pretrained(tmp_path)
+    text = pipeline.keyframes.encode(tiny.PROMPT)
+    clip = loaded(text, result.tensors["keyframes"], steps=2, guidance=4.0, seed=tiny.SEED)
+    assert torch.equal(clip, result.tensors["interpolated"])
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({"prompt": " \n"}, "prompt is empty"),
+        ({"seed": -1}, "seed cannot be -1"),
+        ({"seed": MAX_SEED + 1}, str(MAX_SEED)),
+        ({"seed": 1.5}, "seed cannot be 1.5"),
+        ({"seed": True}, "seed cannot be True"),
+        ({"path": "nowhere/video.mp4"}, "nowhere"),
+    ],
+)
+def test_bad_requests_are_refused_at_once(pipeline, request_, words):
+    with pytest.raises(Show1Error, match=words):
+        pipeline.stream(**{"prompt": "a cat", **request_})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["keyframes.height=5"], r"\[keyframes\]: height = 5 .* multiple of 2"),
+        (["keyframes.width=7"], r"\[keyframes\]: width = 7 .* multiple of 2"),
+        (["latent_upscale.width=32", "latent_upscale.height=26"], None),
+    ],
+)
+def test_frame_sizes_that_the_models_cannot_take(pipeline, settings, words):
+    def build() -> Show1Pipeline:
+        cascade = pipeline.cascade.override(settings)
+        return Show1Pipeline(
+            cascade, pipeline.keyframes, pipeline.interpolation, pipeline.pixel_upscale, pipeline.latent_upscale
+        )
+
+    if words is None:
+        build()
+    else:
+        with pytest.raises(Show1Error, match=words):
+            build()
+
+
+def test_devices_and_dtypes_that_are_not_here(tiny_cascade):
+    if not torch.cuda.is_available():
+        with pytest.raises(Show1Error, match="There is no device 'cuda' here"):
+            Show1Pipeline.from_cascade(tiny_cascade, "cuda")
+    with pytest.raises(Show1Error, match="There is no device 'nonsense' here"):
+        Show1Pipeline.from_cascade(tiny_cascade, "nonsense")
+    with pytest.raises(Show1Error, match="cannot compute in int8"):
+        Show1Pipeline.from_cascade(tiny_cascade, "cpu", torch.int8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs_on_the_cpu_or_is_refused(tiny_cascade, dtype):
+    try:
+        pipeline = Show1Pipeline.from_cascade(tiny_cascade, "cpu", dtype)
+    except Show1Error as error:
+        assert "cannot compute in" in str(error)
+    else:
+        assert pipeline("a cat", seed=1).frames.shape == (29, 26, 30, 3)
