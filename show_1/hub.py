@@ -6,10 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import list_repo_files, snapshot_download
+from httpx2 import RequestError
+from huggingface_hub import get_cached_repo_tree, model_info, snapshot_download
 from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -35,6 +38,7 @@ WEIGHTS = re.compile(
     r"(?:\.(?P<variant>[\w]+))?(?:-\d{5}-of-\d{5})?(?:\.(?P<late_variant>fp16|bf16|fp32))?"
     r"\.(?P<format>safetensors|bin)(?:\.index(?:\.(?P<index_variant>\w+))?\.json)?"
 )
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 SMALL_FILES = (".json", ".txt", ".model")  # configurations and tokenizers
 
 
@@ -62,7 +66,7 @@ def choose_weights(names: Iterable[str], variant: str | None) -> WeightFiles | N
 
 def needed_files(files: Iterable[str], table: str, variant: str | None) -> list[str]:
     """Return those of a repository's files, by their paths in it, that the stage of a cascade's table reads."""
-    needed = []
+    files, needed = list(files), []
     for component in COMPONENTS[table]:
         inside = [file.removeprefix(f"{component}/") for file in files if file.startswith(f"{component}/")]
         weights = choose_weights(inside, variant) if component in MODELS else None
@@ -88,11 +92,27 @@ def weights_in(folder: Path, table: str, component: str, variant: str | None) ->
     weights = choose_weights(names, variant)
     if weights is None:
         raise _missing(table, folder / component, "a weight file (*.safetensors or *.bin)")
-    for index in (name for name in weights.names if name.endswith(".json")):
-        shards = set(json.loads((folder / component / index).read_text())["weight_map"].values())
-        for shard in sorted(shards - set(names)):
+    index = next((name for name in weights.names if name.endswith(".json")), None)
+    if index is None and all(SHARD.search(name) for name in weights.names):
+        raise _missing(table, folder / component, "the index of its shards (*.index.json)")
+    if index is not None:
+        for shard in sorted(_shards(folder / component / index, table) - set(names)):
             raise _missing(table, folder / component, shard)
     return weights
+
+
+def _shards(index: Path, table: str) -> set[str]:
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Show1Error(
+            f"A file of [{table}] is damaged or cut short: {index}.", "Remove it and fetch it again."
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return what a library's error says, as part of a sentence; some say nothing but their name, some a page."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _variant(cascade: Cascade, table: str) -> str | None:
@@ -127,30 +147,43 @@ def _missing(table: str, folder: Path, what: str) -> Show1Error:
 def _download(repository: str, table: str, variant: str | None) -> Path:
     try:
         try:
-            patterns = needed_files(list_repo_files(repository), table, variant)
-        except (OfflineModeIsEnabled, ConnectionError, OSError) as error:
-            if isinstance(error, HfHubHTTPError):
-                raise
-            # Out of reach: what an earlier run has fetched will do.
-            return Path(snapshot_download(repository, local_files_only=True))
-        return Path(snapshot_download(repository, allow_patterns=patterns))
+            # Not `list_repo_files`: where the hub is out of reach it keeps trying for half a minute.
+            files = [file.rfilename for file in model_info(repository, timeout=10).siblings or ()]
+        except (RequestError, OSError) as error:
+            # The hub is out of reach, or refuses: what an earlier run has fetched will do.
+            try:
+                return _fetched_before(repository, table, variant)
+            except LocalEntryNotFoundError:
+                raise error from None
+        return Path(snapshot_download(repository, allow_patterns=needed_files(files, table, variant)))
     except GatedRepoError as error:
         raise Show1Error(
             f"The model {repository} of [{table}] is gated, and this computer has no access to it.",
             f"Open https://huggingface.co/{repository}, accept its licence, then log in: hf auth login.",
         ) from error
-    except RepositoryNotFoundError as error:
+    except (RepositoryNotFoundError, HFValidationError) as error:
         raise Show1Error(
             f"The hub has no model {repository}, which [{table}] names, or it is private; nor is it a folder here.",
             "Correct the table's `model`, or log in with an account that may see it: hf auth login.",
         ) from error
-    except LocalEntryNotFoundError as error:
+    except (RequestError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         raise Show1Error(
             f"The model {repository} of [{table}] is not on this computer, and the hub cannot be reached.",
             "Connect to the internet and try again, or choose a cascade that is here: --cascade mini.",
         ) from error
     except (HfHubHTTPError, OSError) as error:
+        refused = isinstance(error, HfHubHTTPError) and error.response.status_code == 401
         raise Show1Error(
-            f"Fetching the model {repository} of [{table}] failed: {error}.",
-            "Try again: what is complete is kept.",
+            f"Fetching the model {repository} of [{table}] failed: {first_line(error)}.",
+            "Log in again: hf auth login." if refused else "Try again: what is complete is kept.",
         ) from error
+
+
+def _fetched_before(repository: str, table: str, variant: str | None) -> Path:
+    """Return the cached folder of a repository; raises LocalEntryNotFoundError where it lacks what is needed."""
+    try:
+        files = [file.path for file in get_cached_repo_tree(repository)]
+        patterns = needed_files(files, table, variant)
+    except CachedRepoTreeNotFoundError:
+        patterns = None  # fetched by an older huggingface_hub, which kept no list: take it as it is
+    return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=True))

@@ -16,6 +16,7 @@ from diffusers import (
 )
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
+from transformers.utils import logging as transformers_logging
 
 from show_1 import hub
 from show_1.cascade import Cascade
@@ -71,24 +72,25 @@ class Repository:
         try:
             config = DPMSolverMultistepScheduler.load_config(self.folder / component)
             scheduler_class = SCHEDULERS[config["_class_name"]]
+            if scheduler_class is DPMSolverMultistepScheduler:
+                # The released files predate this key; then the last step went to the smallest sigma, not to zero.
+                config.setdefault("final_sigmas_type", "sigma_min")
+            return scheduler_class.from_config(config)
         except KeyError as error:
             raise self._bad_config(component, f"there is no scheduler {error}") from error
-        except (OSError, ValueError) as error:
-            raise self._bad_config(component, str(error)) from error
-        if scheduler_class is DPMSolverMultistepScheduler:
-            # The released files predate this key; then the last step went to the smallest sigma, not to zero.
-            config.setdefault("final_sigmas_type", "sigma_min")
-        return scheduler_class.from_config(config)
+        except Exception as error:  # whatever values that are none make the library raise
+            raise self._bad_config(component, hub.first_line(error)) from error
 
     def tokenizer(self, tokenizer_class: type) -> PreTrainedTokenizerBase:
         try:
             with _quiet():
                 return tokenizer_class.from_pretrained(self.folder / "tokenizer")
         except Exception as error:
-            raise self._bad_config("tokenizer", str(error).splitlines()[0]) from error
+            # The library's own words mislead: of a spiece.model cut short it says to install tiktoken.
+            raise self._bad_config("tokenizer", "a file there is damaged or cut short") from error
 
     def _files(self, component: str, weights: hub.WeightFiles) -> str:
-        return ", ".join(str(self.folder / component / name) for name in weights.names)
+        return ", ".join(str(self.folder / component / name) for name in weights.names if not name.endswith(".json"))
 
     def _damaged(self, component: str, weights: hub.WeightFiles, error: Exception) -> Show1Error:
         for name in weights.names:
@@ -98,7 +100,7 @@ class Repository:
                     "Remove it and fetch it again.",
                 )
         return Show1Error(
-            f"The model of [{self.table}] does not load from {self.folder / component}: {str(error).splitlines()[0]}.",
+            f"The model of [{self.table}] does not load from {self.folder / component}: {hub.first_line(error)}.",
             "Take the weights and config.json of this folder from the same model.",
         )
 
@@ -164,11 +166,13 @@ def _opens(file: Path) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries' advice to developers (deprecations, report tables) from people who asked for a video."""
+    """Keep the libraries' bars and their advice to developers from people who asked for a video."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.ERROR)
+        transformers_logging.disable_progress_bar()
         try:
             yield
         finally:
+            transformers_logging.enable_progress_bar()
             logging.disable(logging.NOTSET)
