@@ -256,7 +256,7 @@ class Show1Pipeline:
             (self.latent_upscale.tokenizer, "latent upscale"),
         ):
             if dropped := dropped_words(tokenizer, prompt):
-                yield Notice(f"The prompt is longer than 77 tokens. The {stages} do not see: {dropped}")
+                yield Notice(f"The prompt is over 77 tokens long. Dropped for the {stages}: {dropped}")
 
     @torch.no_grad()
     def _preview(self, stage: str, step: Step) -> np.ndarray:
