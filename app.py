@@ -19,7 +19,7 @@ import gradio as gr
 from gradio import processing_utils
 
 from show_1 import Cascade, Show1Error, Show1Pipeline, Video
-from show_1.pipeline import MAX_SEED, Event, Notice, StageStart, StepDone, check_device, check_request, default_cascade
+from show_1.pipeline import MAX_SEED, Notice, StageStart, StepDone, check_device, check_request, default_cascade
 from show_1.video import check_writable, slug
 
 STAGES = ("keyframes", "interpolation", "first_frame", "pixel_upscale", "latent_upscale")
@@ -51,15 +51,19 @@ def build(cascade: Cascade, device: str, pipeline: "Future[Show1Pipeline]", outp
             while not pipeline.done():
                 yield gr.skip(), gr.skip(), _status("The models are loading")
                 time.sleep(0.5)
-            notices, status = [], _status("Ready")
+            notices = []
             for event in pipeline.result().stream(prompt, seed=seed, path=out):
                 if isinstance(event, Notice):
                     notices.append(event.message)
                 elif isinstance(event, Video):
                     done = f"Done in {event.settings['seconds']} seconds"
                     yield str(out), event.settings["seed"], _status(done, 1, notices)
-                elif status := _progress(event, notices) or status:
-                    yield gr.skip(), gr.skip(), status
+                elif isinstance(event, StageStart):
+                    began = time.monotonic()
+                    yield gr.skip(), gr.skip(), _progress(event.stage, 0, event.steps, None, notices)
+                elif isinstance(event, StepDone):
+                    left = (time.monotonic() - began) / event.step * (event.steps - event.step)
+                    yield gr.skip(), gr.skip(), _progress(event.stage, event.step, event.steps, left, notices)
         except Exception as error:
             yield gr.skip(), gr.skip(), _status("No video was made")  # rather than the stage it had come to
             if isinstance(error, Show1Error):
@@ -112,16 +116,12 @@ def _seed(text: str | None) -> int | None:
         raise Show1Error(f"The seed cannot be {text!r}.", f"Give a whole number from 0 to {MAX_SEED}.") from None
 
 
-def _progress(event: Event, notices: list[str]) -> dict | None:
-    match event:
-        case StageStart(stage, steps):
-            done = 0
-        case StepDone(stage, done, steps):
-            pass
-        case _:
-            return None
+def _progress(stage: str, done: int, steps: int, left: float | None, notices: list[str]) -> dict:
+    """Say how far the stage is; `left` is the seconds to its end, once that can be told."""
     number = STAGES.index(stage)
     text = f"Stage {number + 1} of {len(STAGES)}, {stage.replace('_', ' ')}: step {done} of {steps}"
+    if left is not None:
+        text += f", {left:.0f} s left in this stage"
     return _status(text, (number + done / steps) / len(STAGES), notices)
 
 
