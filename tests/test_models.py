@@ -84,7 +84,7 @@ def test_frames_see_each_other_and_the_text():
     inputs["sample"][0, :, 2] += 1
     assert (unet(**inputs).sample - before)[0, :, 0].abs().max() > 1e-6
     inputs = _inputs(unet, torch.float64)
-    inputs["encoder_hidden_states"][0] += 1
+    inputs["encoder_hidden_states"][0, 0, 0] += 1
     assert (unet(**inputs).sample - before)[0].abs().max() > 1e-6
 
 

@@ -447,4 +447,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Show1Error as error:
+        sys.exit(f"{error.problem}\n{error.remedy}")

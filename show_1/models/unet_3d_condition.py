@@ -86,8 +86,10 @@ class VideoBlock(nn.Module):
                 hidden_states = torch.cat([hidden_states, skips.pop()], dim=1)
             hidden_states = temp_conv(resnet(hidden_states, temb), num_frames=num_frames)
             if attention is not None:
-                attended = attention(hidden_states, encoder_hidden_states=text)
-                hidden_states = attended if isinstance(attention, Attention) else attended.sample
+                if isinstance(attention, Attention):  # the pixel family: text tokens beside the image's
+                    hidden_states = attention(hidden_states, encoder_hidden_states=text)
+                else:
+                    hidden_states = attention(hidden_states, encoder_hidden_states=text, return_dict=False)[0]
                 hidden_states = temp_attention(hidden_states, num_frames=num_frames).sample
             outputs.append(hidden_states)
         for sampler in (*(self.downsamplers or ()), *(self.upsamplers or ())):
