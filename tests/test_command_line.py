@@ -1,11 +1,13 @@
 """`python -m show_1` as people call it: in a process of its own, on the tiny cascade and on mini."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import imageio_ffmpeg
 import pytest
@@ -15,10 +17,17 @@ from show_1 import video
 from show_1.__main__ import main
 from tests import tiny
 
+ROOT = Path(__file__).parents[1]
 
-def show_1(*arguments: str, cwd=None, timeout: float = 300) -> subprocess.CompletedProcess:
+
+def show_1(*arguments: str, cwd=None) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "show_1", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=timeout
+        [sys.executable, "-m", "show_1", *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 

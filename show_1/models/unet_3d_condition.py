@@ -10,7 +10,7 @@ from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin, UNet2DConditionModel  # noqa: F401 - from_pretrained of a stage looks for it here
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import Downsample2D, TemporalConvLayer, Upsample2D
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
