@@ -22,7 +22,7 @@ _PIXEL = {
     "act_fn": "gelu",
     "addition_embed_type": "text",
     "addition_embed_type_num_heads": 4,
-    "attention_head_dim": 32,
+    "attention_head_dim": 16,
     "cross_attention_dim": TEXT_WIDTH,
     "cross_attention_norm": "group_norm",
     "encoder_hid_dim": TEXT_WIDTH,
@@ -38,7 +38,6 @@ _SMALL = _PIXEL | {
     "up_block_types": ["SimpleCrossAttnUpBlock3D", "SimpleCrossAttnUpBlock3D", "ResnetUpsampleBlock3D"],
 }
 _UPSCALE = _PIXEL | {
-    "attention_head_dim": 16,
     "block_out_channels": [32, 32, 64, 96],
     "class_embed_type": "timestep",
     "in_channels": 6,

@@ -1,15 +1,17 @@
-"""Train mini, stage by stage: `python -m training.train --minutes N [--stage all|NAME]`.
+"""Train mini, stage by stage: `python -m training.train --minutes N [--device auto] [--stage all|NAME]`.
 
-Pictures come first, then clips: each video UNet starts as a trained picture UNet whose new temporal layers change
-nothing. The text encoder learns along with the keyframes and is left alone afterwards, so that all pixel stages read
-the same embeddings. The upscalers learn to repair degraded true frames. A run can be broken off at any moment: it goes
-on from its last checkpoint, at most a minute old.
+The text encoder comes first: it learns what captions mean from the captions alone and is frozen from then on, as T5 is
+for the released models, so that all pixel stages read the same embeddings. Then pictures, then clips: each video UNet
+starts as a trained picture UNet whose new temporal layers change nothing. The upscalers learn to repair degraded true
+frames. A run can be broken off at any moment: it goes on from its last checkpoint, at most a minute old, and where
+there is none (checkpoints are not committed) from the weights in show_1/mini.
 """
 
 import argparse
 import copy
 import json
 import os
+import pickle
 import platform
 import sys
 import time
@@ -22,12 +24,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from show_1.errors import Show1Error
-from show_1.models import UNet3DConditionModel
 from training import models, world
 
 MINI = Path(__file__).parents[1] / "show_1" / "mini"
@@ -37,6 +39,8 @@ LOG = Path(__file__).parent / "log.jsonl"
 KEYFRAME_TIMES = torch.arange(8) * 4 / 28
 SMALL, MEDIUM, FULL = (20, 32), (80, 128), (160, 288)  # height, width after each enlargement
 TEXT_DROPPED = 0.1  # how often a caption is emptied, for classifier-free guidance
+
+OBJECT_WEIGHT = 3.0  # an error on an object counts for so much more than one on the place behind it
 
 NOISE = models.image_noising_scheduler()  # one schedule for all: alpha and sigma of each of its 1000 levels
 ALPHA = NOISE.alphas_cumprod.sqrt()
@@ -63,7 +67,9 @@ class Batches(IterableDataset):
 
     def __iter__(self) -> Iterator[dict]:
         torch.set_num_threads(1)
-        rng = np.random.default_rng(self.seed)
+        worker = get_worker_info().id
+        torch.manual_seed(hash((*self.seed, worker)) % 2**63)
+        rng = np.random.default_rng((*self.seed, worker))
         while True:
             yield self.make(rng)
 
@@ -73,26 +79,56 @@ def _scenes(rng: np.random.Generator, count: int) -> tuple[list[world.Scene], li
     return scenes, ["" if rng.random() < TEXT_DROPPED else scene.caption for scene in scenes]
 
 
+def captions(rng: np.random.Generator) -> dict:
+    """Captions with made-up words strewn in, and what they speak of (or would, where a part is left out)."""
+    scenes = [world.sample(rng) for _ in range(96)]
+    objects = torch.zeros(len(scenes), len(world.OBJECTS))
+    for row, scene in zip(objects, scenes, strict=True):
+        row[[list(world.OBJECTS).index(name) for name in scene.objects]] = 1
+    return {
+        "captions": [_strewn(rng, scene.caption) for scene in scenes],
+        "objects": objects,
+        "place": torch.tensor([list(world.PLACES).index(scene.place) for scene in scenes]),
+        "motion": torch.tensor([list(world.MOTIONS).index(scene.motion) for scene in scenes]),
+    }
+
+
+def _strewn(rng: np.random.Generator, caption: str) -> str:
+    words = caption.split()
+    for _ in range(rng.integers(1, 4) if rng.random() < 0.3 else 0):
+        word = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), rng.integers(2, 9)))
+        words.insert(rng.integers(len(words) + 1), word)
+    return " ".join(words)
+
+
+def _painted(scenes: list[world.Scene], size: tuple[int, int], times: torch.Tensor) -> dict:
+    """Return clips and how much each pixel's error counts, (batch, 1, frames, height, width)."""
+    clips = world.render(scenes, *size, times, coverage=True)
+    return {"clean": clips[:, :3], "weight": 1 + (OBJECT_WEIGHT - 1) * clips[:, 3:]}
+
+
 def pictures(rng: np.random.Generator) -> dict:
-    scenes, captions = _scenes(rng, 32)
-    times = torch.from_numpy(rng.random((32, 1))).float()
-    return {"clean": world.render(scenes, *SMALL, times)[:, :, 0], "captions": captions}
+    scenes, captions = _scenes(rng, 48)
+    times = torch.from_numpy(rng.random((48, 1))).float()
+    painted = _painted(scenes, SMALL, times)
+    return {key: value[:, :, 0] for key, value in painted.items()} | {"captions": captions}
 
 
 def keyframe_clips(rng: np.random.Generator) -> dict:
-    scenes, captions = _scenes(rng, 6)
-    return {"clean": world.render(scenes, *SMALL, KEYFRAME_TIMES), "captions": captions}
+    scenes, captions = _scenes(rng, 8)
+    return _painted(scenes, SMALL, KEYFRAME_TIMES) | {"captions": captions}
 
 
 def segments(rng: np.random.Generator) -> dict:
     scenes, captions = _scenes(rng, 10)
     starts = torch.from_numpy(rng.integers(0, 7, (10, 1))) * 4
-    clean = world.render(scenes, *SMALL, (starts + torch.arange(5)) / 28)
+    painted = _painted(scenes, SMALL, (starts + torch.arange(5)) / 28)
+    clean = painted["clean"]
     ends = clean[:, :, [0, -1]] + 0.05 * torch.rand(10, 1, 1, 1, 1) * torch.randn_like(clean[:, :, [0, -1]])
     between = F.interpolate(ends, size=clean.shape[2:], mode="trilinear", align_corners=True)
     mask = torch.zeros_like(between[:, :1])
     mask[:, :, [0, -1]] = 1
-    return {"clean": clean, "condition": torch.cat([between, mask], dim=1), "captions": captions}
+    return painted | {"condition": torch.cat([between, mask], dim=1), "captions": captions}
 
 
 def _degrade(rng: np.random.Generator, frames: torch.Tensor) -> torch.Tensor:
@@ -108,24 +144,21 @@ def enlarged_pictures(rng: np.random.Generator) -> dict:
     times = torch.from_numpy(rng.random((8, 1))).float()
     small = _degrade(rng, world.render(scenes, *SMALL, times)[:, :, 0])
     condition, level = _noised_condition(rng, small, MEDIUM)
-    return {
-        "clean": world.render(scenes, *MEDIUM, times)[:, :, 0],
-        "condition": condition,
-        "noise_level": level,
-        "captions": captions,
-    }
+    painted = {key: value[:, :, 0] for key, value in _painted(scenes, MEDIUM, times).items()}
+    return painted | {"condition": condition, "noise_level": level, "captions": captions}
 
 
 def enlarged_windows(rng: np.random.Generator) -> dict:
     scenes, captions = _scenes(rng, 1)
     times = (rng.integers(0, 22) + torch.arange(8)) / 28
-    clean = world.render(scenes, *MEDIUM, times)
+    painted = _painted(scenes, MEDIUM, times)
+    clean = painted["clean"]
     small = _degrade(rng, world.render(scenes, *SMALL, times)[0].transpose(0, 1))
     condition, level = _noised_condition(rng, small, MEDIUM)
     condition = condition.transpose(0, 1)[None]
     # The window's sharp lead, at times with faults of its own: in the chain it comes from a model.
     condition[:, :, 0] = _degrade(rng, clean[:, :, 0]) if rng.random() < 0.5 else clean[:, :, 0]
-    return {"clean": clean, "condition": condition, "noise_level": level[:1], "captions": captions}
+    return painted | {"condition": condition, "noise_level": level[:1], "captions": captions}
 
 
 def _noised_condition(rng: np.random.Generator, small: torch.Tensor, size: tuple[int, int]):
@@ -154,7 +187,7 @@ def full_windows(rng: np.random.Generator) -> dict:
 
 
 def velocity_loss(unet: nn.Module, states: torch.Tensor, batch: dict, top: int = 1000) -> torch.Tensor:
-    """Return the mean squared error of the predicted velocity (arXiv 2202.00512) at random levels below `top`.
+    """Return the weighted squared error of the predicted velocity (arXiv 2202.00512) at random levels below `top`.
 
     A batch with a "degraded" sample starts from it at the highest level and from the clean one at the lowest, with the
     velocity always pointing to the clean one: so a chain that starts from a degraded sample learns to repair it.
@@ -162,20 +195,22 @@ def velocity_loss(unet: nn.Module, states: torch.Tensor, batch: dict, top: int =
     clean = batch["clean"]
     levels = torch.randint(0, top, (len(clean),))
     shape = (-1, *(1,) * (clean.ndim - 1))
-    alpha, sigma = ALPHA[levels].view(shape), SIGMA[levels].view(shape)
+    alpha, sigma = (table[levels].view(shape).to(clean.device) for table in (ALPHA, SIGMA))
+    levels = levels.to(clean.device)
     start = clean.lerp(batch["degraded"], (levels / top).view(shape)) if "degraded" in batch else clean
     noisy = alpha * start + sigma * torch.randn_like(clean)
     target = (alpha * noisy - clean) / sigma.clamp(min=0.02)
     model_input = torch.cat([noisy, batch["condition"]], dim=1) if "condition" in batch else noisy
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(clean.device.type, torch.bfloat16):
         velocity = unet(model_input, levels, encoder_hidden_states=states, class_labels=batch.get("noise_level")).sample
-    return F.mse_loss(velocity.float(), target)
+    weight = batch.get("weight", torch.ones_like(clean[:, :1]))
+    return ((velocity.float() - target).square() * weight).mean() / weight.mean()
 
 
 def autoencoder_loss(vae: AutoencoderKL, batch: dict) -> torch.Tensor:
     """Return the error in pixels and in edges, and a light pull of the latents to a normal distribution."""
     clean = batch["clean"]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(clean.device.type, torch.bfloat16):
         posterior = vae.encode(clean).latent_dist
         decoded = vae.decode(posterior.sample()).sample.float()
     edges = sum(F.l1_loss(decoded.diff(dim=d), clean.diff(dim=d)) for d in (2, 3))
@@ -196,10 +231,15 @@ class Stage:
     finish: Callable[[dict[str, nn.Module]], None] = lambda trained: None  # last touches before each saving
 
 
-def _states(encoder: T5EncoderModel, tokenizer, captions: list[str]) -> torch.Tensor:
-    tokens = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+def _states(encoder: nn.Module, tokens) -> torch.Tensor:
+    """Return the text's states, (batch, tokens, channels), as show_1's stages compute them."""
     mask = tokens.attention_mask if isinstance(encoder, T5EncoderModel) else None
     return encoder(tokens.input_ids, attention_mask=mask).last_hidden_state
+
+
+def _tokens(tokenizer, batch: dict, padding: str = "max_length"):
+    tokens = tokenizer(batch["captions"], padding=padding, max_length=77, truncation=True, return_tensors="pt")
+    return tokens.to(batch["clean"].device if "clean" in batch else batch["objects"].device)
 
 
 def _captions(count: int) -> list[str]:
@@ -209,9 +249,9 @@ def _captions(count: int) -> list[str]:
 
 def t5_tokenizer() -> T5Tokenizer:
     folder = MINI / "show-1-base" / "tokenizer"
-    return (
-        T5Tokenizer.from_pretrained(folder) if folder.exists() else models.train_t5_tokenizer(_captions(20000), folder)
-    )
+    if folder.exists():
+        return T5Tokenizer.from_pretrained(folder)
+    return models.train_t5_tokenizer(_captions(20000), folder)
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -221,55 +261,72 @@ def clip_tokenizer() -> CLIPTokenizer:
     return models.train_clip_tokenizer(_captions(20000), folder)
 
 
-def _trained_text_encoder() -> T5EncoderModel:
-    return T5EncoderModel.from_pretrained(MINI / "show-1-base" / "text_encoder", dtype=torch.float32).requires_grad_(
-        False
-    )
-
-
-def pixel_stage(unet: nn.Module, encoder: T5EncoderModel, batches: Callable, folders: dict[str, str]) -> Stage:
+def text_stage() -> Stage:
+    """The text encoder, judged by what a linear map reads from the mean of its states."""
     tokenizer = t5_tokenizer()
-    trained = {name: {"unet": unet, "text_encoder": encoder}[name] for name in folders}
+    sizes = [len(world.OBJECTS), len(world.PLACES), len(world.MOTIONS)]
+    trained = {
+        "text_encoder": models.text_encoder(len(tokenizer)),
+        "reader": nn.Linear(models.TEXT_WIDTH, sum(sizes)),
+    }
 
     def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
-        states = _states(trained.get("text_encoder", encoder), tokenizer, batch["captions"])
-        return velocity_loss(trained["unet"], states, batch)
+        tokens = _tokens(tokenizer, batch, padding="longest")
+        states = _states(trained["text_encoder"], tokens)
+        mask = tokens.attention_mask[..., None]
+        objects, place, motion = trained["reader"]((states * mask).sum(1) / mask.sum(1)).split(sizes, dim=1)
+        named = F.binary_cross_entropy_with_logits(objects, batch["objects"], reduction="sum") / len(objects)
+        return named + F.cross_entropy(place, batch["place"]) + F.cross_entropy(motion, batch["motion"])
 
-    return Stage(trained, batches, loss, folders)
-
-
-def pictures_stage() -> Stage:
-    encoder = models.text_encoder(len(t5_tokenizer()))
-    folders = {"unet": "../../training/runs/pictures", "text_encoder": "show-1-base/text_encoder"}
-    return pixel_stage(models.picture_unet("keyframes"), encoder, pictures, folders)
+    return Stage(trained, captions, loss, {"text_encoder": "show-1-base/text_encoder"})
 
 
-def keyframes_stage() -> Stage:
+def pixel_stage(unet: nn.Module, batches: Callable, folder: str, device: torch.device) -> Stage:
+    tokenizer = t5_tokenizer()
+    saved = MINI / "show-1-base" / "text_encoder"
+    if not saved.exists():
+        raise Show1Error(f"The text encoder is missing: {saved}", "Train it first: --stage text")
+    encoder = T5EncoderModel.from_pretrained(saved, dtype=torch.float32).requires_grad_(False).to(device)
+
+    def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
+        return velocity_loss(trained["unet"], _states(encoder, _tokens(tokenizer, batch)), batch)
+
+    return Stage({"unet": unet}, batches, loss, {"unet": folder})
+
+
+def pictures_stage(device: torch.device) -> Stage:
+    unet = models.picture_unet("keyframes")
+    _start_from(unet, MINI / "show-1-base" / "unet")
+    return pixel_stage(unet, pictures, "../../training/runs/pictures", device)
+
+
+def keyframes_stage(device: torch.device) -> Stage:
     unet = models.video_unet("keyframes")
-    _start_from(unet, RUNS / "pictures")
-    encoder = _trained_text_encoder().requires_grad_(True)
-    folders = {"unet": "show-1-base/unet", "text_encoder": "show-1-base/text_encoder"}
-    return pixel_stage(unet, encoder, keyframe_clips, folders)
+    _start_from(unet, RUNS / "pictures", MINI / "show-1-base" / "unet")
+    return pixel_stage(unet, keyframe_clips, "show-1-base/unet", device)
 
 
-def interpolation_stage() -> Stage:
+def interpolation_stage(device: torch.device) -> Stage:
     unet = models.video_unet("interpolation")
-    return pixel_stage(unet, _trained_text_encoder(), segments, {"unet": "show-1-interpolation/unet"})
+    _start_from(unet, MINI / "show-1-interpolation" / "unet")
+    return pixel_stage(unet, segments, "show-1-interpolation/unet", device)
 
 
-def first_frame_stage() -> Stage:
+def first_frame_stage(device: torch.device) -> Stage:
     unet = models.picture_unet("pixel_upscale")
-    return pixel_stage(unet, _trained_text_encoder(), enlarged_pictures, {"unet": "IF-II-L/unet"})
-
-
-def pixel_upscale_stage() -> Stage:
-    unet = models.video_unet("pixel_upscale")
     _start_from(unet, MINI / "IF-II-L" / "unet")
-    return pixel_stage(unet, _trained_text_encoder(), enlarged_windows, {"unet": "show-1-sr1/unet"})
+    return pixel_stage(unet, enlarged_pictures, "IF-II-L/unet", device)
 
 
-def vae_stage() -> Stage:
-    crops = full_crops(np.random.default_rng(0))["clean"]
+def pixel_upscale_stage(device: torch.device) -> Stage:
+    unet = models.video_unet("pixel_upscale")
+    fresh = (RUNS / "first_frame.pt").exists()
+    _start_from(unet, MINI / ("IF-II-L" if fresh else "show-1-sr1") / "unet")
+    return pixel_stage(unet, enlarged_windows, "show-1-sr1/unet", device)
+
+
+def vae_stage(device: torch.device) -> Stage:
+    crops = full_crops(np.random.default_rng(0))["clean"].to(device)
 
     def scale_latents(trained: dict[str, nn.Module]) -> None:
         # The diffusion model wants latents of unit variance.
@@ -277,24 +334,30 @@ def vae_stage() -> Stage:
         trained["vae"].register_to_config(scaling_factor=1 / deviation)
 
     vae = models.autoencoder()
+    _start_from(vae, MINI / "show-1-sr2" / "vae")
     return Stage(
         {"vae": vae}, full_crops, lambda m, b: autoencoder_loss(m["vae"], b), {"vae": "show-1-sr2/vae"}, scale_latents
     )
 
 
-def latent_upscale_stage() -> Stage:
-    vae = AutoencoderKL.from_pretrained(MINI / "show-1-sr2" / "vae", torch_dtype=torch.float32).requires_grad_(False)
+def latent_upscale_stage(device: torch.device) -> Stage:
+    folder = MINI / "show-1-sr2"
+    if not (folder / "vae").exists():
+        raise Show1Error(f"The autoencoder is missing: {folder / 'vae'}", "Train it first: --stage vae")
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).requires_grad_(False).to(device)
     tokenizer = clip_tokenizer()
     trained = {"unet": models.video_unet("latent_upscale"), "text_encoder": models.latent_text_encoder(tokenizer)}
+    for name, model in trained.items():
+        _start_from(model, folder / name)
 
     def latents(clip: torch.Tensor) -> torch.Tensor:
         mean = vae.encode(clip[0].transpose(0, 1)).latent_dist.mean
         return mean.transpose(0, 1)[None] * vae.config.scaling_factor
 
     def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
             clean, enlarged = latents(batch["clean"]).float(), latents(batch["enlarged"]).float()
-        states = _states(trained["text_encoder"], tokenizer, batch["captions"])
+        states = _states(trained["text_encoder"], _tokens(tokenizer, batch))
         return velocity_loss(trained["unet"], states, {"clean": clean, "degraded": enlarged}, top=400)
 
     return Stage(
@@ -306,71 +369,88 @@ def latent_upscale_stage() -> Stage:
 
 
 # Name → how to build it and its share of the time, in order: each may start from what those before it have saved.
-STAGES: dict[str, tuple[Callable[[], Stage], float]] = {
-    "pictures": (pictures_stage, 0.32),
-    "keyframes": (keyframes_stage, 0.20),
-    "interpolation": (interpolation_stage, 0.08),
+STAGES: dict[str, tuple[Callable[[torch.device], Stage], float]] = {
+    "text": (lambda device: text_stage(), 0.02),
+    "pictures": (pictures_stage, 0.16),
+    "keyframes": (keyframes_stage, 0.34),
+    "interpolation": (interpolation_stage, 0.10),
     "first_frame": (first_frame_stage, 0.14),
-    "pixel_upscale": (pixel_upscale_stage, 0.10),
-    "vae": (vae_stage, 0.10),
-    "latent_upscale": (latent_upscale_stage, 0.06),
+    "pixel_upscale": (pixel_upscale_stage, 0.12),
+    "vae": (vae_stage, 0.04),
+    "latent_upscale": (latent_upscale_stage, 0.08),
 }
 
 
-def _start_from(unet: UNet3DConditionModel, folder: Path) -> None:
-    weights = type(models.picture_unet("keyframes")).from_pretrained(folder, torch_dtype=torch.float32).state_dict()
-    left = unet.load_state_dict(weights, strict=False)
-    strays = [*left.unexpected_keys, *(key for key in left.missing_keys if "temp_" not in key)]
+def _start_from(model: nn.Module, *folders: Path) -> None:
+    """Load the weights of the first folder that has some; temporal layers may be missing or too many."""
+    files = [file for folder in folders for file in folder.glob("*.safetensors")]
+    if not files:
+        return
+    weights = load_file(files[0])
+    expected = model.state_dict()
+    strays = [key for key in weights.keys() ^ expected.keys() if "temp_" not in key]
+    strays += [key for key in weights.keys() & expected.keys() if weights[key].shape != expected[key].shape]
     if strays:
         raise Show1Error(
-            f"The weights in {folder} are of another configuration: {strays[0]} does not fit.",
-            f"Remove {folder} and train that stage again.",
+            f"{files[0]} holds weights of another configuration: {sorted(strays)[0]} does not fit.",
+            f"Remove {files[0].parent} to start that stage from nothing.",
         )
+    model.load_state_dict({key: weights[key].float() for key in weights.keys() & expected.keys()}, strict=False)
 
 
 # --- The training loop ----------------------------------------------------------------------------------------------
 
 
-def run(name: str, minutes: float, seed: int) -> None:
+def run(name: str, minutes: float, seed: int, device: torch.device) -> None:
     """Train a stage until it has had `minutes` of training in all, saving its averaged weights under show_1/mini."""
     build, _ = STAGES[name]
     torch.manual_seed(seed)
-    stage = build()
+    stage = build(device)
+    for model in stage.models.values():
+        model.to(device)
     average = {key: copy.deepcopy(model).requires_grad_(False) for key, model in stage.models.items()}
-    parameters = [p for model in stage.models.values() for p in model.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99))
+    parameters = [parameter for model in stage.models.values() for parameter in model.parameters()]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99))
     checkpoint = RUNS / f"{name}.pt"
     step, seconds = 0, 0.0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        for key in stage.models:
-            stage.models[key].load_state_dict(state["models"][key])
-            average[key].load_state_dict(state["average"][key])
-        optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
+        try:
+            state = torch.load(checkpoint, weights_only=True, map_location=device)
+            for key in stage.models:
+                stage.models[key].load_state_dict(state["models"][key])
+                average[key].load_state_dict(state["average"][key])
+            optimizer.load_state_dict(state["optimizer"])
+            step, seconds = state["step"], state["seconds"]
+        except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+            raise Show1Error(
+                f"{checkpoint} does not fit this stage: {str(error).splitlines()[0]}",
+                f"Remove it to start {name} from the weights in {MINI}.",
+            ) from None
     if seconds >= minutes * 60:
         print(f"{name}: trained for {seconds / 60:.1f} minutes already")
         return
 
     torch.manual_seed(seed + step)
-    loader = DataLoader(Batches(stage.batches, (seed, step)), batch_size=None, num_workers=1, prefetch_factor=4)
+    workers = 1 if device.type == "cpu" else max(1, (os.cpu_count() or 2) - 1)
+    loader = DataLoader(Batches(stage.batches, (seed, step)), batch_size=None, num_workers=workers, prefetch_factor=4)
     losses, last, saved = [], time.monotonic(), time.monotonic()
     for batch in loader:
+        batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
         share = min(seconds / (minutes * 60), 1)
-        rate = 1e-3 * min(1, (step + 1) / 50) * (1 - 0.9 * share)  # warm up, then fall to a tenth
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         loss = stage.loss(stage.models, batch)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1, (step + 1) / 50) * (1 - 0.95 * share)  # warm up, then fall
         optimizer.step()
         step += 1
         _move_average(average, stage.models, min(0.998, step / (step + 10)))
-        losses.append(loss.item())
+        losses.append(loss.detach())
         now = time.monotonic()
         seconds, last = seconds + now - last, now
-        if now - saved > 50 or seconds >= minutes * 60:
+        done = seconds >= minutes * 60
+        if now - saved > 50 or done:
             state = {
                 "models": {key: model.state_dict() for key, model in stage.models.items()},
                 "average": {key: model.state_dict() for key, model in average.items()},
@@ -383,9 +463,9 @@ def run(name: str, minutes: float, seed: int) -> None:
                 stage.finish(average)
             for key, folder in stage.folders.items():
                 _export(average[key], MINI / folder)
-            _log(stage=name, step=step, seconds=round(seconds), loss=round(float(np.mean(losses)), 5))
+            _log(stage=name, step=step, seconds=round(seconds), loss=round(torch.stack(losses).mean().item(), 5))
             losses, saved = [], time.monotonic()
-        if seconds >= minutes * 60:
+        if done:
             break
 
 
@@ -431,19 +511,27 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, required=True, help="of training in all, shared out among the stages")
     parser.add_argument("--stage", default="all", help=f"all, or one of: {', '.join(STAGES)}")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu or cuda")
     arguments = parser.parse_args()
-    F.scaled_dot_product_attention = _attention_in_float32
     if arguments.stage not in ("all", *STAGES):
         parser.error(f"there is no stage {arguments.stage!r}; choose all or one of: {', '.join(STAGES)}")
+    if arguments.device == "auto":
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(arguments.device)
+    if device.type == "cpu":
+        F.scaled_dot_product_attention = _attention_in_float32
+    world.sprites()  # a missing font is said here, not by a worker
+    name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     _log(
         command=" ".join(["python -m training.train", *sys.argv[1:]]),
-        device=f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else name,
         versions={"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()},
     )
     _export_schedulers()
     for name, (_, share) in STAGES.items():
         if arguments.stage in ("all", name):
-            run(name, arguments.minutes * (share if arguments.stage == "all" else 1), arguments.seed)
+            share = share if arguments.stage == "all" else 1
+            run(name, arguments.minutes * share, arguments.seed, device)
 
 
 if __name__ == "__main__":

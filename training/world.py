@@ -668,7 +668,7 @@ def sample(rng: np.random.Generator, *, train: bool = True) -> Scene:
 
 
 @lru_cache(maxsize=1)
-def _sprites() -> list[Tensor]:
+def sprites() -> list[Tensor]:
     """The objects with soft shadows: for each of LEVELS, (objects, 4, side, side) premultiplied RGBA in [0, 1]."""
     try:
         font = ImageFont.truetype(FONT, 109)  # the one size the bitmaps come in
@@ -720,7 +720,7 @@ def _place(scenes: list[Scene], numbers: Tensor, paths: Tensor, order: int) -> T
 
 
 def _draw(frames: Tensor, where: Tensor, objects: Tensor, rows: Tensor) -> None:
-    """Draw one object onto each of frames[where], (n, 3, height, width), in place; rows: (5, n) as in `_place`."""
+    """Draw one object onto each of frames[where], (n, 4, height, width), in place; rows: (5, n) as in `_place`."""
     height, width = frames.shape[-2:]
     ys = ((torch.arange(height) + 0.5) / height - 0.5).view(1, -1, 1)
     xs = ((torch.arange(width) + 0.5 - width / 2) / height).view(1, 1, -1)
@@ -732,30 +732,31 @@ def _draw(frames: Tensor, where: Tensor, objects: Tensor, rows: Tensor) -> None:
         dx, dy, half = xs - x, ys - y, side[chosen, None, None] / 2
         across = (dx * angle.cos() + dy * angle.sin()) * flip / half
         down = (dy * angle.cos() - dx * angle.sin()) / half
-        sprites = _sprites()[k][objects[chosen]]
-        drawn = F.grid_sample(sprites, torch.stack((across, down), dim=-1), align_corners=False)
+        pictures = sprites()[k][objects[chosen]]
+        drawn = F.grid_sample(pictures, torch.stack((across, down), dim=-1), align_corners=False)
         target = where[chosen]
-        frames[target] = frames[target] * (1 - drawn[:, 3:]) + drawn[:, :3]
+        frames[target] = frames[target] * (1 - drawn[:, 3:]) + drawn
 
 
 @torch.no_grad()
-def render(scenes: list[Scene], height: int, width: int, times: Tensor) -> Tensor:
+def render(scenes: list[Scene], height: int, width: int, times: Tensor, *, coverage: bool = False) -> Tensor:
     """Paint clips: float32 (batch, 3, frames, height, width) in [-1, 1].
 
-    `times` is (frames,) or (batch, frames) in [0, 1], 0 the first frame of the clip and 1 the last.
+    `times` is (frames,) or (batch, frames) in [0, 1], 0 the first frame of the clip and 1 the last. With `coverage`
+    a fourth channel says how much of a pixel the objects cover, from 0 to 1.
     """
     if height < SMALL:  # at this size an edge one pixel wide is too coarse: average a picture twice as large
-        big = render(scenes, 2 * height, 2 * width, times)
+        big = render(scenes, 2 * height, 2 * width, times, coverage=coverage)
         return F.avg_pool3d(big, (1, 2, 2))
     times = times.float().expand(len(scenes), -1)
     count = times.shape[1]
     numbers = np.stack([np.random.default_rng(scene.seed).random(RANDOM_NUMBERS, np.float32) for scene in scenes])
     numbers = torch.from_numpy(numbers)
-    clips = torch.empty(len(scenes), count, 3, height, width)
+    clips = torch.zeros(len(scenes), count, 4, height, width)
     for place in dict.fromkeys(scene.place for scene in scenes):
         chosen = torch.tensor([index for index, scene in enumerate(scenes) if scene.place == place])
         canvas = Canvas(numbers[chosen, PATH_NUMBERS:], times[chosen], height, width)
-        clips[chosen] = PLACES[place].paint(canvas).transpose(1, 2).expand(-1, count, 3, height, width)
+        clips[chosen, :, :3] = PLACES[place].paint(canvas).transpose(1, 2).expand(-1, count, 3, height, width)
     names, paths = list(OBJECTS), _paths(scenes, numbers, times)
     for order in (0, 1):
         chosen = [index for index, scene in enumerate(scenes) if len(scene.objects) > order]
@@ -764,5 +765,7 @@ def render(scenes: list[Scene], height: int, width: int, times: Tensor) -> Tenso
             rows = _place(some, numbers[chosen], paths[:, chosen], order)
             where = (torch.tensor(chosen)[:, None] * count + torch.arange(count)).view(-1)
             objects = torch.tensor([names.index(scene.objects[order]) for scene in some]).repeat_interleave(count)
-            _draw(clips.view(-1, 3, height, width), where, objects, rows.flatten(1))
-    return (clips.clamp(0, 1) * 2 - 1).transpose(1, 2).contiguous()
+            _draw(clips.view(-1, 4, height, width), where, objects, rows.flatten(1))
+    clips = clips.clamp(0, 1).transpose(1, 2)
+    pictures = clips[:, :3] * 2 - 1
+    return torch.cat((pictures, clips[:, 3:]), dim=1) if coverage else pictures.contiguous()
