@@ -14,10 +14,11 @@ import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from show_1.errors import Show1Error
 
+STAGES = ("keyframes", "interpolation", "first_frame", "pixel_upscale", "latent_upscale")
 BUNDLED = Path(__file__).parent / "cascades"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -58,6 +59,16 @@ NoiseLevel = Annotated[int, whole(0, 999, "timestep of the noise added to the co
 # Above 0 would be the natural bound, but below 0.001 not even 1000 steps leave one to run.
 Strength = Annotated[float, real(0.001, 1, "share of the steps to run")]
 Prompt = Annotated[str, Rule("a text in quotes", (str,), lambda value: True)]
+Note = Annotated[str, text("what users should know of this cascade")]
+WordList = Annotated[str | None, text("a file of all the words it knows, relative to the TOML file")]
+Examples = Annotated[
+    list[str],
+    Rule(
+        "a list of texts in quotes, none empty (prompts that suit it)",
+        (list,),
+        lambda value: all(isinstance(prompt, str) and prompt.strip() for prompt in value),
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +134,15 @@ class LatentUpscale:
 
 
 @dataclass(frozen=True, kw_only=True)
+class About:
+    """What to tell people before they ask for a video; changes nothing in it."""
+
+    note: Note
+    words: WordList = None
+    examples: Examples
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cascade:
     """All five stages and the frame rate of the result; `file` is where it was read from."""
 
@@ -133,6 +153,7 @@ class Cascade:
     first_frame: FirstFrame
     pixel_upscale: PixelUpscale
     latent_upscale: LatentUpscale
+    about: About | None = None
     file: Path
 
     @staticmethod
@@ -177,9 +198,12 @@ class Cascade:
         return _build(cls, settings, str(file), file=file.absolute())
 
     def settings(self) -> dict[str, Any]:
-        """Return nested dicts as in the TOML file: what `from_settings` takes, and JSON can hold."""
+        """Return nested dicts as in the TOML file: what `from_settings` takes, and JSON can hold.
+
+        `about` is left out, as it has no part in the video.
+        """
         settings = {key: getattr(self, key) for key in _rules(Cascade)}
-        for table in _tables(Cascade):
+        for table in STAGES:
             values = dataclasses.asdict(getattr(self, table))
             settings[table] = {key: value for key, value in values.items() if value is not None}
         return settings
@@ -195,16 +219,32 @@ class Cascade:
             where = f"--set {assignment}"
             path, equals, value = (part.strip() for part in assignment.partition("="))
             *table, key = path.split(".")
-            if not equals or not key or len(table) > 1 or path in _tables(Cascade):
+            if not equals or not key or len(table) > 1 or path in STAGES:
                 raise Show1Error(f"{where}: this is not stage.key=value.", "Write it as in --set keyframes.steps=10.")
             if table:
-                _known(table[0], _tables(Cascade), "table", where)
+                _known(table[0], STAGES, "table", where)
             owner = _tables(Cascade)[table[0]] if table else Cascade
             _known(key, _rules(owner), "key", where)
             rule = _rules(owner)[key]
             place = settings[table[0]] if table else settings
             place[key] = _checked(rule, key, _parsed(value, rule), where)
-        return _build(Cascade, settings, " ".join(f"--set {assignment}" for assignment in assignments), file=self.file)
+        where = " ".join(f"--set {assignment}" for assignment in assignments)
+        return dataclasses.replace(_build(Cascade, settings, where, file=self.file), about=self.about)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Return the words of a prompt that the cascade has never learned; none where it keeps no list of words."""
+        if self.about is None or self.about.words is None:
+            return []
+        file = self.file.parent / self.about.words
+        try:
+            known = set(file.read_text(encoding="utf-8").split())
+        except (OSError, UnicodeDecodeError) as error:
+            raise Show1Error(
+                f"{self.file}, table [about]: the words cannot be read from {file}: {error}.",
+                "Give a UTF-8 text file with one word a line, or leave the key out.",
+            ) from None
+        words = re.findall(r"[^\W_]+", prompt.lower())
+        return [word for word in dict.fromkeys(words) if word not in known]
 
     def model_source(self, table: str) -> Path | str:
         """Return where the model of a stage ("keyframes") is: an existing folder as a Path, or else a hub id as a str.
@@ -250,6 +290,8 @@ def _build(cls: type, values: dict[str, Any], where: str, **more: Any) -> Any:
         elif key not in _optional(cls):
             raise Show1Error(f"{where}: the key {key} is missing.", f"Give {key} {rule.words}.")
     for table, table_cls in tables.items():
+        if table not in values and table in _optional(cls):
+            continue
         if table not in values:
             raise Show1Error(f"{where}: the table [{table}] is missing.", f"Add it, with {_listed(_rules(table_cls))}.")
         if not isinstance(values[table], dict):
@@ -268,7 +310,9 @@ def _rules(cls: type) -> dict[str, Rule]:
 
 
 def _tables(cls: type) -> dict[str, type]:
-    return {f.name: f.type for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.type)}
+    """Return the tables of the cascade by name, those that may be left out among them."""
+    types = {f.name: (get_args(f.type) or (f.type,))[0] for f in dataclasses.fields(cls)}
+    return {name: table for name, table in types.items() if dataclasses.is_dataclass(table)}
 
 
 def _optional(cls: type) -> set[str]:

@@ -251,6 +251,8 @@ class Show1Pipeline:
         yield Video(frames, settings, {name: tensor.cpu() for name, tensor in tensors.items()})
 
     def _notices(self, prompt: str) -> Iterator[Notice]:
+        if unknown := self.cascade.unknown_words(prompt):
+            yield Notice(f"{self.cascade.name} has never seen these words and cannot follow them: {', '.join(unknown)}")
         for tokenizer, stages in (
             (self.keyframes.tokenizer, "pixel stages"),
             (self.latent_upscale.tokenizer, "latent upscale"),

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -8,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from show_1.cascade import BUNDLED, Cascade
+from show_1.cascade import BUNDLED, About, Cascade
 from show_1.errors import Show1Error
 
-SHOW_1 = (BUNDLED / "show-1.toml").read_text(encoding="utf-8")
+# With every key on a line of its own, for `spoil`.
+SHOW_1 = re.sub(r"(?<=[\[,])\n\s*", " ", (BUNDLED / "show-1.toml").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -69,16 +71,18 @@ def test_every_bundled_cascade_loads(name):
 
 def test_settings_are_the_file(file):
     cascade = Cascade.load(file)
-    assert cascade.settings() == tomllib.loads(SHOW_1)
+    written = tomllib.loads(SHOW_1)
+    assert cascade.about == About(**written.pop("about"))
+    assert cascade.settings() == written  # what is told about it has no part in the video
     through_json = json.loads(json.dumps(cascade.settings()))
-    assert Cascade.from_settings(through_json, file) == cascade
+    assert Cascade.from_settings(through_json, file) == dataclasses.replace(cascade, about=None)
 
 
 def test_variant_may_be_left_out(file):
     spoil(file, "first_frame", None, key="variant")
     cascade = Cascade.load(file)
     assert cascade.first_frame.variant is None
-    assert Cascade.from_settings(cascade.settings(), file) == cascade
+    assert Cascade.from_settings(cascade.settings(), file).first_frame == cascade.first_frame
 
 
 def test_an_int_will_do_for_a_float(file):
@@ -361,3 +365,32 @@ def test_override_refuses(assignment, wanted):
     cascade = Cascade.load("show-1")
     error = refusal(lambda: cascade.override(["fps=9", assignment]), f"--set {assignment}", wanted)
     assert str(cascade.file) not in str(error)
+
+
+def test_what_is_told_about_a_cascade_may_be_left_out(file):
+    file.write_text(re.sub(r"\[about\].*?(?=\n\[)", "", SHOW_1, flags=re.DOTALL), encoding="utf-8")
+    cascade = Cascade.load(file)
+    assert cascade.about is None
+    assert cascade.unknown_words("anything goes") == []
+
+
+def test_mini_names_the_words_it_does_not_know():
+    mini = Cascade.load("mini")
+    assert mini.unknown_words("A PANDA jumping, in the snow!") == []
+    assert mini.unknown_words("a cute Panda; cute ukulele in the snow") == ["cute", "ukulele"]
+    for prompt in mini.about.examples:
+        assert mini.unknown_words(prompt) == []
+    assert mini.override(["keyframes.steps=2"]).about == mini.about
+
+
+def test_a_list_of_words_that_is_not_there(file):
+    file.write_text(SHOW_1.replace("examples = [", 'words = "words.txt"\nexamples = ['), encoding="utf-8")
+    with pytest.raises(Show1Error, match=r"\[about\].*words\.txt"):
+        Cascade.load(file).unknown_words("a panda")
+
+
+@pytest.mark.parametrize("examples", ['"a panda"', '["a panda", ""]', "[1]"])
+def test_examples_are_a_list_of_prompts(file, examples):
+    file.write_text(re.sub(r"examples = .*", f"examples = {examples}", SHOW_1), "utf-8")
+    with pytest.raises(Show1Error, match=r"\[about\]: examples cannot be"):
+        Cascade.load(file)

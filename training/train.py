@@ -500,6 +500,11 @@ def _export_schedulers() -> None:
     models.scheduler(thresholding=False).save_pretrained(MINI / "show-1-sr2" / "scheduler")
 
 
+def _export_words() -> None:
+    """Save what the page and the command line call known words."""
+    (MINI / "words.txt").write_text("\n".join(sorted(world.vocabulary())) + "\n")
+
+
 def _log(**entry) -> None:
     print(json.dumps(entry), flush=True)
     with LOG.open("a") as log:
@@ -528,6 +533,7 @@ def main() -> None:
         versions={"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()},
     )
     _export_schedulers()
+    _export_words()
     for name, (_, share) in STAGES.items():
         if arguments.stage in ("all", name):
             share = share if arguments.stage == "all" else 1

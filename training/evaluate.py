@@ -1,0 +1,250 @@
+"""How well mini follows its prompts, judged by training/judge.py: `python -m training.evaluate [--json FILE]`.
+
+Videos are made with the default settings from combinations of object, place and motion that were never trained on, as
+evenly spread over the vocabulary as can be. Besides the final video, each stage's clip is judged, so that one sees
+where something is lost, and each stage but the first is measured against the plain way of doing its work.
+"""
+
+import argparse
+import itertools
+import json
+import resource
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from show_1 import Show1Pipeline, video
+from show_1.errors import Show1Error
+from training import judge, world
+from training.train import FULL, MEDIUM, SMALL
+
+ASPECTS = ("object", "place", "motion")
+CLIPS = ("keyframes", "interpolated", "pixel_upscaled", "video")
+ALL_TIMES = torch.arange(29) / 28
+
+
+def combinations(count: int) -> list[tuple[str, str, str]]:
+    """Return never-trained combinations of object, place and motion in which every word comes up about as often."""
+    left = [c for c in itertools.product(world.OBJECTS, world.PLACES, world.MOTIONS) if world.held_out(*c)]
+    np.random.default_rng(0).shuffle(left)
+    seen, chosen = Counter(), []
+    shares = (len(world.OBJECTS), len(world.PLACES), len(world.MOTIONS))
+    while left and len(chosen) < count:
+        best = min(left, key=lambda c: sum(seen[word] * share for word, share in zip(c, shares, strict=True)))
+        chosen.append(tuple(str(word) for word in best))
+        left.remove(best)
+        seen.update(best)
+    return chosen
+
+
+def pairs(count: int) -> list[tuple[str, str, str]]:
+    """Return prompts of two objects: (one, another, place)."""
+    rng = np.random.default_rng(1)
+    objects, places = list(world.OBJECTS), list(world.PLACES)
+    return [
+        (*(objects[k] for k in rng.choice(len(objects), 2, replace=False)), places[n % len(places)])
+        for n in range(count)
+    ]
+
+
+class Tally:
+    """Counts of right and judged, in all and word by word."""
+
+    def __init__(self):
+        self.right, self.judged = Counter(), Counter()
+
+    def add(self, aspect: str, word: str, right: bool) -> None:
+        for key in ((aspect, None), (aspect, word)):
+            self.right[key] += right
+            self.judged[key] += 1
+
+    def fractions(self) -> dict:
+        """Return {"object": share, …, "objects": {"panda": share, …}, …}."""
+        shares = {key: round(self.right[key] / count, 4) for key, count in sorted(self.judged.items(), key=str)}
+        found = {aspect: share for (aspect, word), share in shares.items() if word is None}
+        for aspect in ASPECTS:
+            found[f"{aspect}s"] = {word: share for (of, word), share in shares.items() if of == aspect and word}
+        return found
+
+
+def follow_prompts(pipeline: Show1Pipeline, count: int, sheet: Path | None) -> dict:
+    """Make and judge `count` videos of single objects; `sheet` gets a still of each of the first twelve."""
+    critic, tallies, stills, seconds = judge.load(), {clip: Tally() for clip in CLIPS}, [], []
+    for seed, words in enumerate(tqdm(combinations(count), desc="videos")):
+        prompt = world.plain_caption(*words)
+        result = pipeline(prompt, seed=seed)
+        seconds.append(result.settings["seconds"])
+        for clip, tally in tallies.items():
+            verdict = critic.verdict(result.tensors[clip].float())
+            for aspect, word in zip(ASPECTS, words, strict=True):
+                tally.add(aspect, word, verdict[aspect] == word)
+        if len(stills) < 12:
+            stills.append((result.frames, prompt))
+    if sheet is not None:
+        contact_sheet(stills).save(sheet)
+    found = tallies["video"].fractions() | {"videos": len(seconds), "seconds_per_video": round(np.median(seconds), 1)}
+    stages = {clip: {a: tally.fractions()[a] for a in ASPECTS} for clip, tally in tallies.items()}
+    return found | {"stages": stages}
+
+
+def follow_pairs(pipeline: Show1Pipeline, count: int) -> float:
+    """Return the share of videos of two objects in which the judge sees both."""
+    critic, right = judge.load(), 0
+    for seed, (one, another, place) in enumerate(tqdm(pairs(count), desc="pairs")):
+        prompt = f"{world.plain_caption(one, '', '').strip()} and {world.plain_caption(another, place, '').strip()}"
+        verdict = critic.verdict(pipeline(" ".join(prompt.split()), seed=seed).tensors["video"].float())
+        right += set(verdict["pair"]) == {one, another}
+    return round(right / count, 4)
+
+
+def keyframes_only(
+    pipeline: Show1Pipeline, count: int, guidance: float | None = None, steps: int | None = None
+) -> dict:
+    """Judge keyframes alone, which takes a fraction of the time; for choosing guidance and steps."""
+    critic, tally, table = judge.load(), Tally(), pipeline.cascade.keyframes
+    for seed, words in enumerate(tqdm(combinations(count), desc="keyframes")):
+        text = pipeline.keyframes.encode(world.plain_caption(*words))
+        stream = pipeline.keyframes.stream(
+            text,
+            frames=table.frames,
+            height=table.height,
+            width=table.width,
+            steps=table.steps,
+            guidance=guidance,
+            seed=seed,
+        )
+        verdict = critic.verdict(_result(stream))
+        for aspect, word in zip(ASPECTS, words, strict=True):
+            tally.add(aspect, word, verdict[aspect] == word)
+    return {aspect: tally.fractions()[aspect] for aspect in ASPECTS}
+
+
+def stages_earn_their_place(pipeline: Show1Pipeline, count: int) -> dict:
+    """Measure the later stages against the plain ways, on degraded true frames of the world.
+
+    Interpolation: mean squared error to the true frames between the keyframes, against a linear blend. Upscales: the
+    judge's perceptual distance to the true frames, against bicubic enlargement.
+    """
+    rng, critic, cascade = np.random.default_rng(99), judge.load(), pipeline.cascade
+    found = {name: [] for name in ("interpolation", "blend", "pixel", "pixel_bicubic", "latent", "latent_bicubic")}
+    for seed in tqdm(range(count), desc="stages"):
+        scene = world.sample(rng, train=False)
+        small, medium, full = (world.render([scene], *size, ALL_TIMES) for size in (SMALL, MEDIUM, FULL))
+        noisy = (small + 0.04 * torch.randn(small.shape, generator=torch.Generator().manual_seed(seed))).clamp(-1, 1)
+        text = pipeline.keyframes.encode(scene.caption)
+        table = cascade.interpolation
+        between = _result(
+            pipeline.interpolation.stream(text, noisy[:, :, ::4], steps=table.steps, guidance=table.guidance, seed=seed)
+        )
+        blend = F.interpolate(noisy[:, :, ::4], size=small.shape[2:], mode="trilinear", align_corners=True)
+        inner = [k for k in range(29) if k % 4]
+        found["interpolation"].append(F.mse_loss(between[:, :, inner], small[:, :, inner]).item())
+        found["blend"].append(F.mse_loss(blend[:, :, inner], small[:, :, inner]).item())
+
+        options = {"noise_level": cascade.first_frame.noise_level, "seed": seed}
+        table = cascade.first_frame
+        first = _result(
+            pipeline.pixel_upscale.stream_first_frame(
+                text, noisy[:, :, 0], steps=table.steps, guidance=table.guidance, **options
+            )
+        )
+        table = cascade.pixel_upscale
+        options["noise_level"] = table.noise_level
+        enlarged = _result(
+            pipeline.pixel_upscale.stream(text, noisy, first, steps=table.steps, guidance=table.guidance, **options)
+        )
+        found["pixel"].append(critic.distance(enlarged, medium))
+        found["pixel_bicubic"].append(critic.distance(_bicubic(noisy, MEDIUM), medium))
+
+        noisy = (medium + 0.04 * torch.randn(medium.shape, generator=torch.Generator().manual_seed(seed))).clamp(-1, 1)
+        table = cascade.latent_upscale
+        redrawn = _result(
+            pipeline.latent_upscale.stream(
+                pipeline.latent_upscale.encode(scene.caption, table.negative_prompt),
+                noisy,
+                height=table.height,
+                width=table.width,
+                steps=table.steps,
+                strength=table.strength,
+                guidance=table.guidance,
+                seed=seed,
+            )
+        )
+        found["latent"].append(critic.distance(redrawn, full))
+        found["latent_bicubic"].append(critic.distance(_bicubic(noisy, FULL), full))
+    return {name: round(float(np.mean(values)), 5) for name, values in found.items()}
+
+
+def contact_sheet(results: list[tuple[np.ndarray, str]], columns: int = 3) -> Image.Image:
+    """Return a still of each video, its middle frame, with the prompt under it."""
+    height, width = results[0][0].shape[1:3]
+    rows = -(-len(results) // columns)
+    sheet = Image.new("RGB", (columns * (width + 8) + 8, rows * (height + 30) + 8), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for number, (frames, prompt) in enumerate(results):
+        x, y = 8 + number % columns * (width + 8), 8 + number // columns * (height + 30)
+        sheet.paste(Image.fromarray(frames[len(frames) // 2]), (x, y))
+        draw.text((x + 2, y + height + 4), prompt, fill="black", font=font)
+    return sheet
+
+
+def _result(stream) -> torch.Tensor:
+    while True:
+        try:
+            next(stream)
+        except StopIteration as end:
+            return end.value
+
+
+def _bicubic(clip: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    frames = [Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC) for frame in video.to_uint8(clip)]
+    return video.from_uint8(frames)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--videos", type=int, default=132, help="how many, of one object each")
+    parser.add_argument("--pairs", type=int, default=24, help="how many, of two objects each")
+    parser.add_argument("--stages", type=int, default=12, help="how many true clips the stages are measured on")
+    parser.add_argument("--keyframes", type=int, default=66, help="how many keyframes for the effect of guidance")
+    parser.add_argument("--cascade", default="mini", metavar="NAME|FILE")
+    parser.add_argument("--device", help="default: cuda where there is one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a contact sheet of twelve videos there")
+    arguments = parser.parse_args()
+    world.sprites()  # a missing font is said here, not after an hour
+    pipeline = Show1Pipeline.from_cascade(arguments.cascade, arguments.device)
+    began, found = time.monotonic(), {}
+    if arguments.videos:
+        found |= follow_prompts(pipeline, arguments.videos, arguments.sheet)
+    if arguments.pairs:
+        found["pair"] = follow_pairs(pipeline, arguments.pairs)
+    if arguments.keyframes:
+        guidance = pipeline.cascade.keyframes.guidance
+        found["guidance"] = {
+            scale: keyframes_only(pipeline, arguments.keyframes, scale) for scale in (1.0, guidance, 2 * guidance)
+        }
+    if arguments.stages:
+        found["earned"] = stages_earn_their_place(pipeline, arguments.stages)
+    found |= {
+        "judge": judge.accuracy(judge.load()),
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }
+    print(json.dumps(found, indent=1))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Show1Error as error:
+        sys.exit(f"{error.problem}\n{error.remedy}")

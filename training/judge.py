@@ -1,0 +1,178 @@
+"""The judge of mini's videos: a small classifier of objects, place and motion, trained on the world's own clips.
+
+`python -m training.judge --minutes N` trains it, goes on from where it stopped, and says how often it is right on clips
+that it has not seen.
+"""
+
+import argparse
+import itertools
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+
+from show_1.errors import Show1Error
+from training import world
+from training.train import FULL, KEYFRAME_TIMES, SMALL, Batches
+
+WEIGHTS = Path(__file__).parent / "judge.safetensors"
+SIZE = (80, 144)  # height, width of what it looks at: half the final size
+FRAMES = len(KEYFRAME_TIMES)
+OBJECTS, PLACES, MOTIONS = list(world.OBJECTS), list(world.PLACES), list(world.MOTIONS)
+
+
+class Judge(nn.Module):
+    """Says what a clip shows: the object and the place from its frames, the motion from how they differ."""
+
+    def __init__(self):
+        super().__init__()
+        widths = (3, 24, 48, 96, 128)
+        self.levels = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(below, width, 3, stride=2, padding=1),
+                nn.GroupNorm(8, width),
+                nn.SiLU(),
+                nn.Conv2d(width, width, 3, padding=1, groups=width // 8),
+                nn.GroupNorm(8, width),
+                nn.SiLU(),
+            )
+            for below, width in itertools.pairwise(widths)
+        )
+        self.objects = nn.Linear(2 * widths[-1], len(OBJECTS))
+        self.place = nn.Linear(2 * widths[-1], len(PLACES))
+        self.movement = nn.Conv2d(widths[-1], 24, 1)
+        cells = (SIZE[0] // 16) * (SIZE[1] // 16)
+        self.motion = nn.Sequential(
+            nn.Linear(24 * cells, 64), nn.Flatten(), nn.SiLU(), nn.Linear(64 * FRAMES, 128), nn.SiLU(),
+            nn.Linear(128, len(MOTIONS)),
+        )  # fmt: skip
+
+    def features(self, frames: torch.Tensor) -> list[torch.Tensor]:
+        """Return what each level sees in (frames, 3, 80, 144) images in [−1, 1], finest first."""
+        found = []
+        for level in self.levels:
+            frames = level(frames)
+            found.append(frames)
+        return found
+
+    def forward(self, clip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return logits of objects (batch, 50), place (batch, 12) and motion (batch, 11).
+
+        `clip` is (batch, 3, frames, height, width) in [−1, 1] of any size and any number of frames from 8 on.
+        """
+        batch = len(clip)
+        found = self.features(look(clip).transpose(1, 2).flatten(0, 1))[-1]
+        pooled = torch.cat([found.mean((2, 3)), found.amax((2, 3))], dim=1).unflatten(0, (batch, -1)).mean(1)
+        movement = self.movement(found).flatten(1).unflatten(0, (batch, -1))
+        # Less its mean over time, no frame alone can tell the motion.
+        return self.objects(pooled), self.place(pooled), self.motion(movement - movement.mean(1, keepdim=True))
+
+    @torch.no_grad()
+    def verdict(self, clip: torch.Tensor) -> dict[str, str | list[str]]:
+        """Return what one clip, (1, 3, frames, height, width), shows: object, place, motion, and the two likeliest."""
+        objects, place, motion = self(clip.float())
+        pair = [OBJECTS[k] for k in objects[0].topk(2).indices]
+        return {"object": pair[0], "pair": pair, "place": PLACES[place.argmax()], "motion": MOTIONS[motion.argmax()]}
+
+    @torch.no_grad()
+    def distance(self, clip: torch.Tensor, truth: torch.Tensor) -> float:
+        """Return how differently the judge sees two clips, as LPIPS does (arXiv 1801.03924), with its own features."""
+        pairs = zip(*(self.features(look(c.float()).transpose(1, 2).flatten(0, 1)) for c in (clip, truth)), strict=True)
+        return sum((F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean().item() for a, b in pairs)
+
+
+def look(clip: torch.Tensor) -> torch.Tensor:
+    """Return eight frames of a clip, evenly spread, at the judge's size."""
+    chosen = torch.linspace(0, clip.shape[2] - 1, FRAMES).round().long()
+    return _resize(clip[:, :, chosen], SIZE)
+
+
+def _resize(clip: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    frames = clip.transpose(1, 2).flatten(0, 1)
+    resized = F.interpolate(frames, size=size, mode="bilinear", antialias=True, align_corners=False)
+    return resized.unflatten(0, (len(clip), -1)).transpose(1, 2)
+
+
+def clips(rng: np.random.Generator, *, augment: bool = True) -> dict:
+    """Return a batch of clips with what they show; for training half of them as coarse as keyframes, some noisy."""
+    scenes = [world.sample(rng) for _ in range(16)]
+    clip = world.render(scenes, *SIZE, KEYFRAME_TIMES)
+    if augment:
+        coarse = _resize(_resize(clip[::2], SMALL), SIZE)
+        clip[::2] = coarse.lerp(clip[::2], float(rng.random()))
+        clip += 0.15 * torch.rand(len(clip), 1, 1, 1, 1) * torch.randn_like(clip)
+        clip = clip * (0.9 + 0.2 * torch.rand(len(clip), 1, 1, 1, 1)) + 0.2 * (torch.rand(len(clip), 3, 1, 1, 1) - 0.5)
+    objects = torch.zeros(len(scenes), len(OBJECTS))
+    for row, scene in zip(objects, scenes, strict=True):
+        row[[OBJECTS.index(name) for name in scene.objects]] = 1
+    return {
+        "clip": clip,
+        "objects": objects,
+        "place": torch.tensor([PLACES.index(scene.place) for scene in scenes]),
+        "motion": torch.tensor([MOTIONS.index(scene.motion) for scene in scenes]),
+    }
+
+
+def load() -> Judge:
+    """Return the trained judge."""
+    if not WEIGHTS.exists():
+        raise Show1Error(f"The judge is missing: {WEIGHTS}", "Run python -m training.judge --minutes 20.")
+    judge = Judge()
+    judge.load_state_dict({name: weight.float() for name, weight in load_file(WEIGHTS).items()})
+    return judge.eval()
+
+
+def train(minutes: float) -> None:
+    """Train for so many minutes, from the saved weights where there are some; save once a minute."""
+    judge = load() if WEIGHTS.exists() else Judge()
+    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.01)
+    began = saved = time.monotonic()
+    seed = int.from_bytes(os.urandom(4), "little")
+    for step, batch in enumerate(DataLoader(Batches(clips, (seed,)), batch_size=None, num_workers=1)):
+        share = min((time.monotonic() - began) / (minutes * 60), 1)
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 50) * (1 - 0.97 * share)
+        objects, place, motion = judge(batch["clip"])
+        loss = F.binary_cross_entropy_with_logits(objects, batch["objects"], reduction="sum") / len(objects)
+        loss = loss + F.cross_entropy(place, batch["place"]) + F.cross_entropy(motion, batch["motion"])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
+        optimizer.step()
+        if share == 1 or time.monotonic() - saved > 60:
+            print(f"step {step}, {100 * share:.0f} %, loss {loss.item():.3f}", flush=True)
+            temporary = WEIGHTS.with_suffix(".part")
+            save_file({name: weight.half() for name, weight in judge.state_dict().items()}, temporary)
+            os.replace(temporary, WEIGHTS)
+            saved = time.monotonic()
+        if share == 1:
+            return
+
+
+@torch.no_grad()
+def accuracy(judge: Judge, batches: int = 16) -> dict[str, float]:
+    """Return how often the judge is right on new clips of one object, rendered at mini's final size."""
+    rng, right, count = np.random.default_rng(12345), dict.fromkeys(("object", "place", "motion"), 0), 0
+    for _ in range(batches):
+        scenes = [world.sample(rng, train=False) for _ in range(16)]
+        verdicts = judge(world.render(scenes, *FULL, KEYFRAME_TIMES))
+        for name, logits, known in zip(right, verdicts, (OBJECTS, PLACES, MOTIONS), strict=True):
+            truth = [known.index(scene.objects[0] if name == "object" else getattr(scene, name)) for scene in scenes]
+            right[name] += (logits.argmax(1) == torch.tensor(truth)).sum().item()
+        count += len(scenes)
+    return {name: hits / count for name, hits in right.items()}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, required=True)
+    train(parser.parse_args().minutes)
+    print(
+        "right on unseen clips: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in accuracy(load()).items())
+    )
