@@ -8,11 +8,13 @@ there is none (checkpoints are not committed) from the weights in show_1/mini.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import os
 import pickle
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +26,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -207,6 +211,33 @@ def velocity_loss(unet: nn.Module, states: torch.Tensor, batch: dict, top: int =
     return ((velocity.float() - target).square() * weight).mean() / weight.mean()
 
 
+@torch.no_grad()
+def draw(unet: nn.Module, states: torch.Tensor, batch: dict, steps: int = 12) -> torch.Tensor:
+    """Return what the model draws, without guidance, for the text and condition of a batch: as its "clean"."""
+    scheduler = models.scheduler(thresholding=False)
+    scheduler.set_timesteps(steps, device=states.device)
+    sample = torch.randn_like(batch["clean"])
+    for level in scheduler.timesteps:
+        model_input = torch.cat([sample, batch["condition"]], dim=1) if "condition" in batch else sample
+        options = {"encoder_hidden_states": states, "class_labels": batch.get("noise_level")}
+        sample = scheduler.step(unet(model_input, level, **options).sample, level, sample).prev_sample
+    return sample
+
+
+def sheet(drawn: torch.Tensor, batch: dict, file: Path) -> None:
+    """Save what a model has drawn below what it should be, with its condition between them where it has one."""
+    rows = []
+    for clips in (batch["clean"], batch.get("condition"), drawn):
+        if clips is not None:
+            clips = clips[:, :3].float().cpu()
+            pictures = clips.transpose(1, 2).flatten(0, 1) if clips.ndim == 5 else clips
+            rows.append(torch.cat([F.pad(picture, (1, 1, 1, 1), value=1.0) for picture in pictures[:16]], dim=2))
+    picture = ((torch.cat(rows, dim=1).clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
+    scale = max(1, 1600 // picture.shape[1])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture.repeat(scale, axis=0).repeat(scale, axis=1)).save(file)
+
+
 def autoencoder_loss(vae: AutoencoderKL, batch: dict) -> torch.Tensor:
     """Return the error in pixels and in edges, and a light pull of the latents to a normal distribution."""
     clean = batch["clean"]
@@ -229,6 +260,7 @@ class Stage:
     loss: Callable[[dict[str, nn.Module], dict], torch.Tensor]
     folders: dict[str, str]  # model name → folder under show_1/mini, where the result is saved
     finish: Callable[[dict[str, nn.Module]], None] = lambda trained: None  # last touches before each saving
+    sample: Callable[[dict[str, nn.Module], dict], torch.Tensor] | None = None  # what the models make of a batch
 
 
 def _states(encoder: nn.Module, tokens) -> torch.Tensor:
@@ -291,7 +323,10 @@ def pixel_stage(unet: nn.Module, batches: Callable, folder: str, device: torch.d
     def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
         return velocity_loss(trained["unet"], _states(encoder, _tokens(tokenizer, batch)), batch)
 
-    return Stage({"unet": unet}, batches, loss, {"unet": folder})
+    def sample(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
+        return draw(trained["unet"], _states(encoder, _tokens(tokenizer, batch)), batch)
+
+    return Stage({"unet": unet}, batches, loss, {"unet": folder}, sample=sample)
 
 
 def pictures_stage(device: torch.device) -> Stage:
@@ -336,7 +371,12 @@ def vae_stage(device: torch.device) -> Stage:
     vae = models.autoencoder()
     _start_from(vae, MINI / "show-1-sr2" / "vae")
     return Stage(
-        {"vae": vae}, full_crops, lambda m, b: autoencoder_loss(m["vae"], b), {"vae": "show-1-sr2/vae"}, scale_latents
+        {"vae": vae},
+        full_crops,
+        lambda trained, batch: autoencoder_loss(trained["vae"], batch),
+        {"vae": "show-1-sr2/vae"},
+        scale_latents,
+        lambda trained, batch: trained["vae"](batch["clean"]).sample,
     )
 
 
@@ -433,7 +473,8 @@ def run(name: str, minutes: float, seed: int, device: torch.device) -> None:
     torch.manual_seed(seed + step)
     workers = 1 if device.type == "cpu" else max(1, (os.cpu_count() or 2) - 1)
     loader = DataLoader(Batches(stage.batches, (seed, step)), batch_size=None, num_workers=workers, prefetch_factor=4)
-    losses, last, saved = [], time.monotonic(), time.monotonic()
+    losses, last = [], time.monotonic()
+    saved = sheeted = last
     for batch in loader:
         batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
         share = min(seconds / (minutes * 60), 1)
@@ -458,11 +499,16 @@ def run(name: str, minutes: float, seed: int, device: torch.device) -> None:
                 "step": step,
                 "seconds": seconds,
             }
-            _save(checkpoint, state)
-            with torch.no_grad():
-                stage.finish(average)
-            for key, folder in stage.folders.items():
-                _export(average[key], MINI / folder)
+            with _telling_what_cannot_be_saved(checkpoint):
+                _save(checkpoint, state)
+                with torch.no_grad():
+                    stage.finish(average)
+                for key, folder in stage.folders.items():
+                    _export(average[key], MINI / folder)
+                if stage.sample is not None and (done or now - sheeted > 600):
+                    with torch.no_grad():
+                        sheet(stage.sample(average, batch), batch, RUNS / "samples" / f"{name}.png")
+                    sheeted = now
             _log(stage=name, step=step, seconds=round(seconds), loss=round(torch.stack(losses).mean().item(), 5))
             losses, saved = [], time.monotonic()
         if done:
@@ -475,21 +521,37 @@ def _move_average(average: dict[str, nn.Module], trained: dict[str, nn.Module], 
             slow.lerp_(fast.detach(), 1 - decay)
 
 
+@contextlib.contextmanager
+def _telling_what_cannot_be_saved(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch says a full disk with a RuntimeError
+        raise Show1Error(
+            f"The training cannot be saved: {str(error).splitlines()[0]}",
+            f"Free some space and start again: {checkpoint} and the weights as they were are whole.",
+        ) from error
+
+
 def _save(path: Path, state: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _export(model: nn.Module, folder: Path) -> None:
     """Save in half precision; every file is whole at any moment."""
     temporary = folder.with_name(f".{folder.name}.part")
-    copy.deepcopy(model).half().save_pretrained(temporary)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in temporary.iterdir():
-        os.replace(file, folder / file.name)
-    temporary.rmdir()
+    try:
+        copy.deepcopy(model).half().save_pretrained(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in temporary.iterdir():
+            os.replace(file, folder / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _export_schedulers() -> None:

@@ -1,0 +1,111 @@
+"""Training mini: it goes on where it stopped, and leaves nothing half-written. Only the text stage, the smallest."""
+
+import errno
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import T5EncoderModel
+
+from show_1.errors import Show1Error
+from training import judge, models, train, world
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Train there, and not in the project."""
+    monkeypatch.setattr(train, "MINI", tmp_path / "mini")
+    monkeypatch.setattr(train, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(train, "LOG", tmp_path / "log.jsonl")
+    return tmp_path
+
+
+def _logged(folders) -> list[dict]:
+    return [json.loads(line) for line in (folders / "log.jsonl").read_text().splitlines()]
+
+
+def _files(folder) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
+def test_goes_on_where_it_stopped(folders):
+    train.run("text", 0.05, 0, CPU)
+    train.run("text", 0.05, 0, CPU)  # has had its time: nothing more to do
+    (first,) = _logged(folders)
+    train.run("text", 0.2, 0, CPU)
+    last = _logged(folders)[-1]
+    assert last["step"] > first["step"] and last["seconds"] > first["seconds"]
+    assert last["loss"] < first["loss"]
+    weights = "mini/show-1-base/text_encoder/model.safetensors"
+    assert {"runs/text.pt", weights} <= set(_files(folders))
+    assert not [name for name in _files(folders) if "part" in name]
+    encoder = T5EncoderModel.from_pretrained(folders / "mini/show-1-base/text_encoder")
+    assert encoder.shared.weight.dtype == torch.float16
+
+
+def test_a_full_disk_loses_nothing(folders, monkeypatch):
+    train.run("text", 0.05, 0, CPU)
+    before = {name: (folders / name).read_bytes() for name in _files(folders) if not name.endswith("jsonl")}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(Show1Error, match="No space left on device") as caught:
+        train.run("text", 0.1, 0, CPU)
+    assert "Free some space" in str(caught.value)
+    assert {name: (folders / name).read_bytes() for name in _files(folders) if not name.endswith("jsonl")} == before
+
+
+def test_a_checkpoint_of_another_configuration(folders, monkeypatch):
+    train.run("text", 0.05, 0, CPU)
+    monkeypatch.setattr(models, "TEXT_WIDTH", 64)
+    with pytest.raises(Show1Error, match=r"text\.pt does not fit"):
+        train.run("text", 0.1, 0, CPU)
+
+
+def test_weights_of_another_configuration(folders):
+    folder = folders / "mini" / "show-1-interpolation" / "unet"
+    models.video_unet("keyframes").save_pretrained(folder)
+    with pytest.raises(Show1Error, match="another configuration"):
+        train._start_from(models.video_unet("interpolation"), folder)
+
+
+def test_a_stage_that_needs_another_first(folders):
+    with pytest.raises(Show1Error, match="--stage text"):
+        train.run("interpolation", 0.1, 0, CPU)
+
+
+def test_a_stage_that_does_not_exist():
+    command = [sys.executable, "-m", "training.train", "--minutes", "1", "--stage", "keyframe"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no stage 'keyframe'" in done.stderr and "keyframes" in done.stderr
+
+
+def test_the_judge_needs_movement_to_tell_a_motion():
+    """With one frame for all eight, its verdict on the motion is the same whatever the frame shows."""
+    critic = judge.Judge().eval()
+    stills = torch.rand(3, 3, 1, 80, 144).expand(-1, -1, 8, -1, -1)
+    motions = critic(stills)[2]
+    torch.testing.assert_close(motions, motions[:1].expand_as(motions), atol=1e-4, rtol=0)
+    assert not torch.allclose(critic(torch.rand(2, 3, 8, 80, 144))[2][0], motions[0], atol=1e-4)
+
+
+def test_the_trained_judge_is_right_on_clips_it_has_not_seen():
+    right = judge.accuracy(judge.load(), batches=4)
+    assert min(right.values()) > 0.9, right
+
+
+def test_combinations_cover_the_vocabulary():
+    from training.evaluate import combinations
+
+    chosen = combinations(132)
+    assert len(set(chosen)) == 132 and all(world.held_out(*words) for words in chosen)
+    for column, known in enumerate((world.OBJECTS, world.PLACES, world.MOTIONS)):
+        counts = [sum(words[column] == word for words in chosen) for word in known]
+        assert min(counts) >= 2 and max(counts) <= 2 * min(counts) + 2, dict(zip(known, counts, strict=True))
