@@ -5,32 +5,25 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from show_1 import hosts
 from show_1.cascade import Cascade
 from show_1.errors import Show1Error
 from show_1.pipeline import (
     MAX_SEED,
-    Clip,
-    Event,
-    Notice,
     Show1Pipeline,
-    StageStart,
-    StepDone,
-    Video,
     check_device,
     check_request,
     default_cascade,
     draw_seed,
 )
-from show_1.terminal import DownloadBar
+from show_1.terminal import DownloadBar, draw
 from show_1.video import slug
 
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
@@ -94,28 +87,12 @@ def _run(arguments: argparse.Namespace) -> None:
         offline=arguments.offline,
         report=DownloadBar(),
     )
-    result = _show(pipeline.stream(arguments.prompt, seed=seed, path=out))
+    result = draw(pipeline.stream(arguments.prompt, seed=seed, path=out))
     if arguments.save_stages is not None:
         _save_tensors(result.tensors, arguments.save_stages)
         print(f"Stages: {arguments.save_stages}")
     print(f"Seed: {seed}")
     print(f"Video: {out}")
-
-
-def _show(events: Iterator[Event]) -> Video:
-    """Draw a bar a stage, with steps and time left; return the result."""
-    bar = None
-    for event in events:
-        match event:
-            case Notice(message):
-                print(message, file=sys.stderr)
-            case StageStart(stage, steps):
-                bar = tqdm(total=steps, desc=f"{stage.replace('_', ' '):14}", unit="step")
-            case StepDone():
-                bar.update()
-            case Clip():
-                bar.close()
-    return event
 
 
 def _whole_number(text: str) -> int:

@@ -77,7 +77,9 @@ def examine(cascade: Cascade, models: Path | None = None, offline: bool = False)
             yield finding
         if asks:
             yield _disk(found, complete=len(found) == len(COMPONENTS))
-        yield _device(torch.result(), cascade, sum(model.size for model in found))
+        # Of what is out of reach, suppose that it is large, as the models at the hub are.
+        whole = len(found) == len(COMPONENTS)
+        yield _device(torch.result(), cascade, sum(model.size for model in found) if whole else None)
 
 
 def _versions() -> Finding:
@@ -141,11 +143,11 @@ def _disk(found: Sequence[Model], complete: bool) -> Finding:
     return Finding("disk", True, says)
 
 
-def _device(torch, cascade: Cascade, weights: int) -> Finding:
-    """What the models will run on, and how they are placed there: by now, all together."""
+def _device(torch, cascade: Cascade, weights: int | None) -> Finding:
+    """What the models, of so many bytes, will run on, and how they are placed there: by now, all together."""
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        there, needed = properties.total_memory, weights * BESIDES
+        there, needed = properties.total_memory, (weights or 0) * BESIDES
         says = f"{properties.name}, {gigabytes(there)}; all models are kept on it in half precision"
         if there < needed:
             remedy = "Take a GPU with more memory, or a smaller cascade: --cascade mini."
@@ -154,7 +156,7 @@ def _device(torch, cascade: Cascade, weights: int) -> Finding:
     why = "none that torch can use"
     if torch.version.cuda is None and shutil.which("nvidia-smi"):
         why = "there is one, but this torch is built for the CPU only"
-    if weights > ON_CPU:
+    if weights is None or weights > ON_CPU:
         remedy = "Take a computer with a CUDA GPU, or the cascade for those without: --cascade mini."
         if why.startswith("there"):
             remedy = "Install a torch with CUDA, see https://pytorch.org/get-started/locally."
