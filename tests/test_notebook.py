@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = nbformat.read(ROOT / "show-1.ipynb", as_version=4)
-PATIENCE = 300  # seconds, for one cell; a guard against hanging
+PATIENCE = 1200  # seconds, for one cell; a guard against hanging, far from what is normal
 
 
 @pytest.fixture
