@@ -16,6 +16,7 @@ hosts.prepare()
 
 import huggingface_hub
 from huggingface_hub import constants, get_token
+from huggingface_hub.errors import HfHubHTTPError
 
 from show_1 import access
 from show_1.cascade import Cascade
@@ -87,6 +88,8 @@ def _ask() -> str:
 def _save(token: str) -> None:
     try:
         huggingface_hub.login(token)
+    except HfHubHTTPError as error:  # it asks the hub once more
+        raise access.explain(error, "the account of the token") from error
     except OSError as error:
         raise Show1Error(
             f"The token cannot be saved in {constants.HF_HOME}: {error.strerror or 'the disk refuses'}.",

@@ -106,7 +106,7 @@ def explain(error: Exception, what: str, repository: str = "") -> Show1Error:
         return Show1Error(f"{subject} has no such revision at the hub.", "Correct the table's `revision`.")
     if isinstance(error, RepositoryNotFoundError | HFValidationError):
         return Show1Error(
-            f"The hub has not {what}, or it is private; nor is it a folder here.",
+            f"The hub does not have {what}, or it is private; nor is it a folder here.",
             "Correct the table's `model`, or log in with an account that may see it: python login.py.",
         )
     if status == 401:

@@ -219,7 +219,7 @@ def test_what_a_folder_of_models_lacks_is_named(client, served, toml, tmp_path, 
 
 GATED = {"X-Error-Code": "GatedRepo"}
 REFUSALS = {
-    "no such model": (Refusal(404, {"X-Error-Code": "RepoNotFound"}), ("The hub has not the model", "`model`")),
+    "no such model": (Refusal(404, {"X-Error-Code": "RepoNotFound"}), ("The hub does not have the model", "`model`")),
     "private": (Refusal(401, {"X-Error-Code": "RepoNotFound"}), ("or it is private", "login.py")),
     "wrong token": (
         Refusal(401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
