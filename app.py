@@ -13,6 +13,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
+from show_1 import hosts, versions
+
+versions.require()  # first, as the imports below fail where something is too old
+hosts.prepare()
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # the page asks nothing of the outside
 
 import gradio as gr
@@ -20,6 +24,7 @@ from gradio import processing_utils
 
 from show_1 import Cascade, Show1Error, Show1Pipeline, Video
 from show_1.pipeline import MAX_SEED, Notice, StageStart, StepDone, check_device, check_request, default_cascade
+from show_1.terminal import DownloadBar
 from show_1.video import check_writable, slug
 
 STAGES = ("keyframes", "interpolation", "first_frame", "pixel_upscale", "latent_upscale")
@@ -149,7 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--share", action=argparse.BooleanOptionalAction, default=False, help="make a public link")
     parser.add_argument("--server-name", default="127.0.0.1", help="0.0.0.0 lets other computers in")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    parser.add_argument("--output-dir", type=Path, default=Path("outputs"), help="where the videos are kept")
+    parser.add_argument("--output-dir", type=Path, default=hosts.detect().outputs, help="where the videos are kept")
+    parser.add_argument("--models", metavar="DIR", type=Path, help="take hub models from DIR/owner/name")
+    parser.add_argument("--offline", action="store_true", help="ask no network: what was fetched before must do")
     return parser
 
 
@@ -177,7 +184,11 @@ def _serve(arguments: argparse.Namespace) -> None:
         theme=gr.themes.Default(font=SYSTEM_FONTS, font_mono=("monospace",)),
         prevent_thread_lock=True,
     )
-    pipeline.set_result(Show1Pipeline.from_cascade(cascade, device))
+    pipeline.set_result(
+        Show1Pipeline.from_cascade(
+            cascade, device, models=arguments.models, offline=arguments.offline, report=DownloadBar()
+        )
+    )
     try:
         page.block_thread()  # until Ctrl-C
     finally:

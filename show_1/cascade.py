@@ -49,6 +49,7 @@ def text(meaning: str) -> Rule:
 Name = Annotated[str, text("the cascade's name")]
 Rate = Annotated[int, whole(1, 60, "frames per second")]
 Model = Annotated[str, text('a hub id "owner/name", or a folder relative to the TOML file')]
+Revision = Annotated[str | None, text("a commit, tag or branch at the hub; leave it out for the newest")]
 Variant = Annotated[str | None, text('the variant of the weight files, as "fp16"; leave it out where there is none')]
 Frames = Annotated[int, whole(2, 64, "keyframes")]
 Pixels = Annotated[int, whole(2, 4096, "pixels")]
@@ -76,6 +77,7 @@ class Keyframes:
     """Text to `frames` small frames of height × width."""
 
     model: Model
+    revision: Revision = None
     frames: Frames
     height: Pixels
     width: Pixels
@@ -88,6 +90,7 @@ class Interpolation:
     """Three new frames between every two keyframes."""
 
     model: Model
+    revision: Revision = None
     steps: Steps
     guidance: Guidance
 
@@ -97,6 +100,7 @@ class FirstFrame:
     """Frame 0 enlarged: what the pixel upscale starts from."""
 
     model: Model
+    revision: Revision = None
     variant: Variant = None
     steps: Steps
     guidance: Guidance
@@ -108,6 +112,7 @@ class PixelUpscale:
     """All frames enlarged, each window following on from the one before."""
 
     model: Model
+    revision: Revision = None
     steps: Steps
     guidance: Guidance
     noise_level: NoiseLevel
@@ -118,6 +123,7 @@ class LatentUpscale:
     """Frames resized to height × width and redrawn by the last int(steps · strength) steps of latent diffusion."""
 
     model: Model
+    revision: Revision = None
     height: EvenPixels
     width: EvenPixels
     steps: Steps

@@ -12,3 +12,8 @@ class Show1Error(Exception):
         super().__init__(f"{problem} {remedy}")
         self.problem = problem
         self.remedy = remedy
+
+
+def first_line(error: Exception) -> str:
+    """Return what a library's error says, as part of a sentence; some say nothing but their name, some a page."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,23 +1,40 @@
-"""Which files of a model repository a stage needs, and getting them: from a folder as it is, or from the hub."""
+"""Which files of a model repository a stage needs, and getting them: from a folder as it is, or from the hub.
 
+huggingface_hub keeps the cache, but starts a file again from its beginning when a download breaks off, and checks no
+hash. Our largest file has ten gigabytes; so `_fetch_file` puts the files into its cache, continued and checked, and
+`snapshot_download` finds them there and does the rest.
+"""
+
+import errno
+import hashlib
 import json
+import os
+import queue
 import re
-from collections.abc import Iterable
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from httpx2 import RequestError
-from huggingface_hub import get_cached_repo_tree, model_info, snapshot_download
-from huggingface_hub.errors import (
-    CachedRepoTreeNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
+from httpx2 import ReadError, RequestError
+from huggingface_hub import (
+    constants,
+    get_cached_repo_tree,
+    hf_hub_url,
+    is_offline_mode,
+    model_info,
+    snapshot_download,
 )
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.file_download import http_get, repo_folder_name
+from huggingface_hub.utils import WeakFileLock, build_hf_headers, disable_progress_bars, logging
 
+from show_1.access import explain
 from show_1.cascade import Cascade
 from show_1.errors import Show1Error
 
@@ -40,6 +57,9 @@ WEIGHTS = re.compile(
 )
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 SMALL_FILES = (".json", ".txt", ".model")  # configurations and tokenizers
+AT_ONCE = 4  # files; more would not be faster where the line is the limit
+LONGEST_WAIT = 60  # seconds that a busy hub may ask for
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,15 +95,112 @@ def needed_files(files: Iterable[str], table: str, variant: str | None) -> list[
     return needed
 
 
-def fetch(cascade: Cascade, table: str) -> Path:
-    """Return the folder that holds what a stage needs, fetched from the hub where the cascade names a hub id.
+@dataclass(frozen=True)
+class Progress:
+    """How far fetching is, all files together: bytes here and in all, bytes a second, seconds left once known."""
+
+    done: int
+    total: int
+    speed: float
+    left: float | None
+
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a repository at the hub: its path there, its size in bytes, its SHA-256 (or git's SHA-1)."""
+
+    repository: str
+    commit: str
+    path: str
+    size: int
+    digest: str
+
+    @property
+    def blob(self) -> Path:
+        """Where it is in the cache, once it is whole."""
+        return _cache(self.repository) / "blobs" / self.digest
+
+    @property
+    def part(self) -> Path:
+        return self.blob.with_name(f"{self.digest}.incomplete")
+
+    @property
+    def missing(self) -> int:
+        """How many bytes are not here yet."""
+        if self.blob.exists():
+            return 0
+        return max(self.size - self.part.stat().st_size, 0) if self.part.exists() else self.size
+
+
+@dataclass(frozen=True)
+class Model:
+    """Where the model of one table is (`folder`), or what has to be fetched for it (`files`)."""
+
+    table: str
+    folder: Path | None
+    size: int = 0  # bytes, of all that the table needs
+    repository: str = ""
+    revision: str | None = None
+    files: tuple[File, ...] = ()
+
+
+def fetch(
+    cascade: Cascade, *, models: str | Path | None = None, offline: bool = False, report: Report | None = None
+) -> dict[str, Path]:
+    """Return the folder of each table's model, all that it needs in it, after fetching what is not here.
+
+    Models that the cascade names by a hub id are taken from `models`/owner/name where that is given, else from
+    huggingface_hub's cache, and from the hub if they are not there yet; `offline` leaves the hub out. `report` is
+    called about four times a second while files are fetched, in the calling thread; an exception in it ends that.
+    What is complete, and the beginnings of files, are kept for the next time.
 
     Raises Show1Error, naming the table and the file or the repository, where something is missing or out of reach.
     """
-    source = cascade.model_source(table)
-    folder = source if isinstance(source, Path) else _download(source, table, _variant(cascade, table))
-    _check_complete(folder, table, _variant(cascade, table))
-    return folder
+    with _quiet():
+        found = [find(cascade, table, models=models, offline=offline) for table in COMPONENTS]
+        files = list({file.blob: file for model in found for file in model.files}.values())
+        if files:
+            _check_room(sum(file.missing for file in files))
+            _fetch_files(files, {file.repository: model.table for model in found for file in model.files}, report)
+        folders = {model.table: model.folder or _snapshot(model) for model in found}
+    for table, folder in folders.items():
+        check_complete(folder, table, variant(cascade, table))
+    return folders
+
+
+def find(cascade: Cascade, table: str, *, models: str | Path | None = None, offline: bool = False) -> Model:
+    """Return where the model of a table is, or what has to be fetched; asks the hub at most, and fetches nothing.
+
+    Raises Show1Error as `fetch` does.
+    """
+    source, revision, weights = cascade.model_source(table), getattr(cascade, table).revision, variant(cascade, table)
+    if isinstance(source, str) and models is not None:
+        source = Path(models) / source
+        if not source.is_dir():
+            raise Show1Error(
+                f"The model of [{table}] is not in the folder of models: there is no {source}.",
+                "Put the repository's files there, or leave out --models to fetch them.",
+            )
+    if isinstance(source, Path):
+        check_complete(source, table, weights)
+        return Model(table, source, size=_size(source, table, weights))
+    what = f"the model {source} of [{table}]"
+    try:
+        if offline or is_offline_mode():
+            folder = _fetched_before(source, revision, table, weights)
+        else:
+            return _at_hub(source, revision, table, weights)
+    except LocalEntryNotFoundError as error:
+        raise Show1Error(
+            f"{what[0].upper()}{what[1:]} is not on this computer, and the hub is not to be asked (--offline).",
+            "Leave that out once, with a connection, to fetch it, or choose a cascade that is here: --cascade mini.",
+        ) from error
+    except Exception as error:
+        raise explain(error, what, source) from error
+    return Model(table, folder, size=_size(folder, table, weights))
 
 
 def weights_in(folder: Path, table: str, component: str, variant: str | None) -> WeightFiles:
@@ -110,16 +227,13 @@ def _shards(index: Path, table: str) -> set[str]:
         ) from error
 
 
-def first_line(error: Exception) -> str:
-    """Return what a library's error says, as part of a sentence; some say nothing but their name, some a page."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def _variant(cascade: Cascade, table: str) -> str | None:
+def variant(cascade: Cascade, table: str) -> str | None:
+    """Return which variant of its weight files a table asks for."""
     return getattr(getattr(cascade, table), "variant", None)
 
 
-def _check_complete(folder: Path, table: str, variant: str | None) -> None:
+def check_complete(folder: Path, table: str, variant: str | None) -> None:
+    """Raise Show1Error, naming the table and the file, if a folder lacks something that the table needs."""
     for component in COMPONENTS[table]:
         if not (folder / component).is_dir():
             raise _missing(table, folder, f"the folder {component}")
@@ -144,46 +258,274 @@ def _missing(table: str, folder: Path, what: str) -> Show1Error:
     )
 
 
-def _download(repository: str, table: str, variant: str | None) -> Path:
+def _size(folder: Path, table: str, variant: str | None) -> int:
+    inside = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    return sum((folder / name).stat().st_size for name in needed_files(inside, table, variant))
+
+
+def _cache(repository: str) -> Path:
+    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"))
+
+
+def _at_hub(repository: str, revision: str | None, table: str, variant: str | None) -> Model:
     try:
+        if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+            # A commit cannot change: what is here already is as good as what the hub has.
+            folder = _fetched_before(repository, revision, table, variant, whole=True)
+            return Model(table, folder, size=_size(folder, table, variant))
+    except (LocalEntryNotFoundError, CachedRepoTreeNotFoundError):
+        pass
+    try:
+        # Not `resolve_revision` or `list_repo_tree`: these wait for ever where the hub is silent.
+        info = _patiently(lambda: model_info(repository, revision=revision, timeout=10, files_metadata=True))
+    except (RequestError, OSError) as error:
+        # The hub is out of reach, or refuses: what an earlier run has fetched will do.
         try:
-            # Not `list_repo_files`: where the hub is out of reach it keeps trying for half a minute.
-            files = [file.rfilename for file in model_info(repository, timeout=10).siblings or ()]
-        except (RequestError, OSError) as error:
-            # The hub is out of reach, or refuses: what an earlier run has fetched will do.
-            try:
-                return _fetched_before(repository, table, variant)
-            except LocalEntryNotFoundError:
-                raise error from None
-        return Path(snapshot_download(repository, allow_patterns=needed_files(files, table, variant)))
-    except GatedRepoError as error:
-        raise Show1Error(
-            f"The model {repository} of [{table}] is gated, and this computer has no access to it.",
-            f"Open https://huggingface.co/{repository}, accept its licence, then log in: hf auth login.",
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise Show1Error(
-            f"The hub has no model {repository}, which [{table}] names, or it is private; nor is it a folder here.",
-            "Correct the table's `model`, or log in with an account that may see it: hf auth login.",
-        ) from error
-    except (RequestError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-        raise Show1Error(
-            f"The model {repository} of [{table}] is not on this computer, and the hub cannot be reached.",
-            "Connect to the internet and try again, or choose a cascade that is here: --cascade mini.",
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        refused = isinstance(error, HfHubHTTPError) and error.response.status_code == 401
-        raise Show1Error(
-            f"Fetching the model {repository} of [{table}] failed: {first_line(error)}.",
-            "Log in again: hf auth login." if refused else "Try again: what is complete is kept.",
-        ) from error
+            folder = _fetched_before(repository, revision, table, variant)
+        except LocalEntryNotFoundError:
+            raise error from None
+        return Model(table, folder, size=_size(folder, table, variant))
+    siblings = {file.rfilename: file for file in info.siblings or ()}
+    files = []
+    for path in needed_files(siblings, table, variant):
+        sibling = siblings[path]
+        digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
+        files.append(File(repository, info.sha, path, sibling.size, digest))
+    size = sum(file.size for file in files)
+    snapshot = _cache(repository) / "snapshots" / info.sha
+    folder = snapshot if files and all((snapshot / file.path).exists() for file in files) else None
+    return Model(table, folder, size, repository, revision, () if folder else tuple(files))
 
 
-def _fetched_before(repository: str, table: str, variant: str | None) -> Path:
-    """Return the cached folder of a repository; raises LocalEntryNotFoundError where it lacks what is needed."""
+def _fetched_before(
+    repository: str, revision: str | None, table: str, variant: str | None, whole: bool = False
+) -> Path:
+    """Return the cached folder of a repository; raises LocalEntryNotFoundError where it lacks what is needed.
+
+    With `whole`, raises CachedRepoTreeNotFoundError where what is needed cannot be told.
+    """
     try:
-        files = [file.path for file in get_cached_repo_tree(repository)]
+        files = [file.path for file in get_cached_repo_tree(repository, revision=revision)]
         patterns = needed_files(files, table, variant)
     except CachedRepoTreeNotFoundError:
+        if whole:
+            raise
         patterns = None  # fetched by an older huggingface_hub, which kept no list: take it as it is
-    return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=True))
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=True))
+
+
+def _snapshot(model: Model) -> Path:
+    """Return the folder in huggingface_hub's cache; its files are in the cache already."""
+    what = f"the model {model.repository} of [{model.table}]"
+    paths = [file.path for file in model.files]
+    try:
+        with disable_progress_bars():
+            return Path(
+                _patiently(lambda: snapshot_download(model.repository, revision=model.revision, allow_patterns=paths))
+            )
+    except Exception as error:
+        raise _explained(error, what, model.repository) from error
+
+
+def _check_room(needed: int) -> None:
+    """Make the cache's folder, and see that the disk it is on has this many bytes left."""
+    cache = Path(constants.HF_HUB_CACHE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(cache).free
+    except OSError as error:
+        raise _explained(error, "the models", "") from error
+    if free < needed:
+        raise Show1Error(
+            f"The models still to fetch take {gigabytes(needed)}, and the disk of {cache} has {gigabytes(free)} left.",
+            "Free some space there, or set HF_HOME to a folder on a larger disk.",
+        )
+
+
+def gigabytes(size: float) -> str:
+    """Return a number of bytes for people."""
+    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
+
+
+class _Stopped(Exception):
+    """The others have been told to end."""
+
+
+class _Tally:
+    """Counts the bytes of all files that are being fetched, from several threads."""
+
+    def __init__(self, files: Sequence[File]):
+        self.total = sum(file.size for file in files)
+        self.stopped = False
+        self._here = {file.blob: file.size - file.missing for file in files}
+        self._came = deque([(time.monotonic(), 0)], maxlen=40)  # of ten seconds, as reports come
+        self._fetched = 0
+        self._lock = threading.Lock()
+
+    def set(self, file: File, here: int) -> None:
+        with self._lock:
+            self._here[file.blob] = here
+
+    def add(self, file: File, count: int) -> None:
+        with self._lock:
+            self._here[file.blob] += count
+            self._fetched += count
+        if self.stopped:
+            raise _Stopped
+
+    def progress(self) -> Progress:
+        with self._lock:
+            done, now = sum(self._here.values()), time.monotonic()
+            self._came.append((now, self._fetched))
+            (since, before), after = self._came[0], self._fetched
+        speed = max(after - before, 0) / max(now - since, 1e-3)
+        return Progress(done, self.total, speed, (self.total - done) / speed if speed else None)
+
+
+def _fetch_files(files: Sequence[File], tables: dict[str, str], report: Report | None) -> None:
+    """Bring all files into the cache, several at a time; the first that cannot be had ends it."""
+    tally, slots = _Tally(files), threading.Semaphore(AT_ONCE)
+    ended: queue.SimpleQueue = queue.SimpleQueue()
+
+    def run(file: File) -> None:
+        try:
+            with slots:
+                if not tally.stopped:
+                    _fetch_file(file, tally)
+            ended.put((file, None))
+        except BaseException as error:
+            ended.put((file, error))
+
+    # Threads that Python does not wait for at its end: one may be waiting for a hub that has fallen silent.
+    for file in sorted(files, key=lambda file: -file.missing):  # the largest takes longest
+        threading.Thread(target=run, args=(file,), daemon=True).start()
+    try:
+        left = len(files)
+        while left:
+            try:
+                file, error = ended.get(timeout=0.25)
+            except queue.Empty:
+                pass
+            else:
+                left -= 1
+                if error is not None:
+                    what = f"the model {file.repository} of [{tables[file.repository]}]"
+                    raise _explained(error, what, file.repository) from error
+                if left:
+                    continue
+            if report is not None:
+                report(tally.progress())
+    finally:
+        tally.stopped = True
+
+
+def _fetch_file(file: File, tally: _Tally) -> None:
+    """Bring a file into the cache, from where an earlier try has left off; its hash says whether it is good."""
+    file.blob.parent.mkdir(parents=True, exist_ok=True)
+    lock = Path(constants.HF_HUB_CACHE, ".locks", _cache(file.repository).name, f"{file.digest}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):  # as huggingface_hub locks it
+        for _ in range(2):
+            if not file.blob.exists():
+                _patiently(lambda: _continue(file, tally))
+                if _digest(file) == file.digest:
+                    os.replace(file.part, file.blob)
+                else:
+                    file.part.unlink()
+                    tally.set(file, 0)
+                    continue
+            tally.set(file, file.size)
+            return
+    raise Show1Error(
+        f"{file.path} of {file.repository} has arrived damaged twice: its content does not have the hash that the hub "
+        "gives for it.",
+        "Try again later, or over another connection; nothing of it is kept.",
+    )
+
+
+def _continue(file: File, tally: _Tally) -> None:
+    """Append what is missing to the part of a file that is here."""
+
+    class Bar:
+        """What huggingface_hub takes for a tqdm bar."""
+
+        def __init__(self, **options):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self, count: int) -> None:
+            tally.add(file, count)
+
+    with file.part.open("ab") as part:
+        if part.tell() > file.size:
+            part.truncate(0)
+        tally.set(file, part.tell())
+        http_get(
+            hf_hub_url(file.repository, file.path, revision=file.commit),
+            part,
+            resume_size=part.tell(),
+            headers=build_hf_headers(),
+            expected_size=file.size,
+            tqdm_class=Bar,
+        )
+
+
+def _digest(file: File) -> str:
+    """Return the hash of what has come, of the kind that the hub gives: SHA-256, of small files git's SHA-1."""
+    with file.part.open("rb") as part:
+        if len(file.digest) == 64:
+            return hashlib.file_digest(part, "sha256").hexdigest()
+        return hashlib.sha1(b"blob %d\0" % file.size + part.read()).hexdigest()
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """Return what `ask` returns, asked again where the hub is busy or fails for a moment."""
+    for wait in (1, 2, 4, None):
+        try:
+            return ask()
+        except HfHubHTTPError as error:
+            status, after = error.response.status_code, error.response.headers.get("Retry-After", "")
+            if wait is None or (status != 429 and status < 500):
+                raise
+            if status == 429 and after.isdigit():
+                if int(after) > LONGEST_WAIT:
+                    raise
+                wait = int(after)
+        except ReadError:  # the connection broke off; huggingface_hub itself goes on after all other such faults
+            if wait is None:
+                raise
+        time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep huggingface_hub's warnings, of each fault that it goes on after, out of our bar."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _explained(error: Exception, what: str, repository: str) -> Show1Error:
+    """Return what an error means for people: those of the disk here, those of the hub there."""
+    number = getattr(error, "errno", None)
+    cache = constants.HF_HUB_CACHE
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return Show1Error(
+            f"The disk of {cache} is full, and {what} is not here in full.",
+            "Free some space there, or set HF_HOME to a folder on a larger disk; then start again: it goes on.",
+        )
+    if isinstance(error, OSError) and number is not None:
+        return Show1Error(
+            f"{what[0].upper()}{what[1:]} cannot be kept in {cache}: {error.strerror}.",
+            "Set HF_HOME to a folder that can be written to.",
+        )
+    return explain(error, what, repository)

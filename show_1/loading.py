@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -20,20 +20,20 @@ from transformers.utils import logging as transformers_logging
 
 from show_1 import hub
 from show_1.cascade import Cascade
-from show_1.errors import Show1Error
+from show_1.errors import Show1Error, first_line
 from show_1.models import UNet3DConditionModel
 from show_1.stages import InterpolationPipeline, KeyframesPipeline, LatentUpscalePipeline, PixelUpscalePipeline
 
+Folders = Mapping[str, Path]  # where the model of each table is, as `hub.fetch` returns it
 SCHEDULERS = {scheduler.__name__: scheduler for scheduler in (DDPMScheduler, DPMSolverMultistepScheduler)}
 
 
 class Repository:
     """The fetched model of one table of a cascade, whose components load one by one in one dtype."""
 
-    def __init__(self, cascade: Cascade, table: str, dtype: torch.dtype):
-        self.table, self.dtype = table, dtype
-        self.variant = getattr(getattr(cascade, table), "variant", None)
-        self.folder = hub.fetch(cascade, table)
+    def __init__(self, cascade: Cascade, table: str, folder: Path, dtype: torch.dtype):
+        self.table, self.folder, self.dtype = table, folder, dtype
+        self.variant = hub.variant(cascade, table)
 
     def model(self, model_class: type, component: str) -> torch.nn.Module:
         """Return a component with its weights, in evaluation mode; every key of the files and the model must match."""
@@ -79,7 +79,7 @@ class Repository:
         except KeyError as error:
             raise self._bad_config(component, f"there is no scheduler {error}") from error
         except Exception as error:  # whatever values that are none make the library raise
-            raise self._bad_config(component, hub.first_line(error)) from error
+            raise self._bad_config(component, first_line(error)) from error
 
     def tokenizer(self, tokenizer_class: type) -> PreTrainedTokenizerBase:
         try:
@@ -100,7 +100,7 @@ class Repository:
                     "Remove it and fetch it again.",
                 )
         return Show1Error(
-            f"The model of [{self.table}] does not load from {self.folder / component}: {hub.first_line(error)}.",
+            f"The model of [{self.table}] does not load from {self.folder / component}: {first_line(error)}.",
             "Take the weights and config.json of this folder from the same model.",
         )
 
@@ -111,8 +111,8 @@ class Repository:
         )
 
 
-def load_keyframes(cascade: Cascade, dtype: torch.dtype) -> KeyframesPipeline:
-    repository = Repository(cascade, "keyframes", dtype)
+def load_keyframes(cascade: Cascade, folders: Folders, dtype: torch.dtype) -> KeyframesPipeline:
+    repository = Repository(cascade, "keyframes", folders["keyframes"], dtype)
     return KeyframesPipeline(
         tokenizer=repository.tokenizer(T5Tokenizer),
         text_encoder=repository.model(T5EncoderModel, "text_encoder"),
@@ -121,16 +121,16 @@ def load_keyframes(cascade: Cascade, dtype: torch.dtype) -> KeyframesPipeline:
     )
 
 
-def load_interpolation(cascade: Cascade, dtype: torch.dtype) -> InterpolationPipeline:
-    repository = Repository(cascade, "interpolation", dtype)
+def load_interpolation(cascade: Cascade, folders: Folders, dtype: torch.dtype) -> InterpolationPipeline:
+    repository = Repository(cascade, "interpolation", folders["interpolation"], dtype)
     return InterpolationPipeline(
         unet=repository.model(UNet3DConditionModel, "unet"), scheduler=repository.scheduler("scheduler")
     )
 
 
-def load_pixel_upscale(cascade: Cascade, dtype: torch.dtype) -> PixelUpscalePipeline:
-    repository = Repository(cascade, "pixel_upscale", dtype)
-    first_frame = Repository(cascade, "first_frame", dtype)
+def load_pixel_upscale(cascade: Cascade, folders: Folders, dtype: torch.dtype) -> PixelUpscalePipeline:
+    repository = Repository(cascade, "pixel_upscale", folders["pixel_upscale"], dtype)
+    first_frame = Repository(cascade, "first_frame", folders["first_frame"], dtype)
     return PixelUpscalePipeline(
         unet=repository.model(UNet3DConditionModel, "unet"),
         scheduler=repository.scheduler("scheduler"),
@@ -141,8 +141,8 @@ def load_pixel_upscale(cascade: Cascade, dtype: torch.dtype) -> PixelUpscalePipe
     )
 
 
-def load_latent_upscale(cascade: Cascade, dtype: torch.dtype) -> LatentUpscalePipeline:
-    repository = Repository(cascade, "latent_upscale", dtype)
+def load_latent_upscale(cascade: Cascade, folders: Folders, dtype: torch.dtype) -> LatentUpscalePipeline:
+    repository = Repository(cascade, "latent_upscale", folders["latent_upscale"], dtype)
     return LatentUpscalePipeline(
         tokenizer=repository.tokenizer(CLIPTokenizer),
         text_encoder=repository.model(CLIPTextModel, "text_encoder"),

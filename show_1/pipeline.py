@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import show_1
-from show_1 import loading, video
+from show_1 import hub, loading, video
 from show_1.cascade import Cascade
 from show_1.errors import Show1Error
 from show_1.models import frame_multiple
@@ -110,12 +110,18 @@ class Show1Pipeline:
         name_or_file: str | Path | Cascade | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        models: str | Path | None = None,
+        offline: bool = False,
+        report: hub.Report | None = None,
     ) -> "Show1Pipeline":
-        """Load a cascade: a bundled name, a TOML file, or one read already.
+        """Load a cascade: a bundled name, a TOML file, or one read already; what is not here is fetched from the hub.
 
         By default that is `show-1` in float16 on the CUDA device where there is one, else `mini` in float32 on the CPU.
-        `dtype` is that of all models and all noise. Raises Show1Error for a cascade, model, device or dtype that will
-        not do.
+        `dtype` is that of all models and all noise. `models`, `offline` and `report` are those of `hub.fetch`: a folder
+        to take the models from, no network, and what to call with the fetching's Progress.
+
+        Raises Show1Error for a cascade, model, device or dtype that will not do.
         """
         device = check_device(device)
         dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
@@ -123,12 +129,13 @@ class Show1Pipeline:
         cascade = name_or_file
         if not isinstance(cascade, Cascade):
             cascade = Cascade.load(cascade or default_cascade(device))
+        folders = hub.fetch(cascade, models=models, offline=offline, report=report)
         pipeline = cls(
             cascade,
-            loading.load_keyframes(cascade, dtype),
-            loading.load_interpolation(cascade, dtype),
-            loading.load_pixel_upscale(cascade, dtype),
-            loading.load_latent_upscale(cascade, dtype),
+            loading.load_keyframes(cascade, folders, dtype),
+            loading.load_interpolation(cascade, folders, dtype),
+            loading.load_pixel_upscale(cascade, folders, dtype),
+            loading.load_latent_upscale(cascade, folders, dtype),
         )
         for stage in (pipeline.keyframes, pipeline.interpolation, pipeline.pixel_upscale, pipeline.latent_upscale):
             stage.to(device)

@@ -1,6 +1,12 @@
 """Fetching from the hub: huggingface_hub itself, against a hub on this computer."""
 
+import contextlib
+import hashlib
+import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +15,7 @@ import torch
 from show_1 import hub, loading
 from show_1.cascade import Cascade
 from tests import tiny
-from tests.hub_server import Client, Hub, Refusal
+from tests.hub_server import Client, Fault, Hub, Refusal, git_sha1
 
 TABLES = tuple(hub.COMPONENTS)
 UNET = ("unet/config.json", "unet/diffusion_pytorch_model.bin")
@@ -84,26 +90,35 @@ def toml(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def clients(server, tmp_path_factory):
-    """Two processes with one cache: what the second knows, it knows from the disk."""
-    home = tmp_path_factory.mktemp("home")
-    clients = [Client(server.url, home) for _ in range(2)]
-    yield clients
-    for client in clients:
-        client.close()
+def client(server, tmp_path_factory):
+    client = Client(server.environment(tmp_path_factory.mktemp("home")))
+    yield client
+    client.close()
 
 
 @pytest.fixture(scope="module")
-def client(clients):
-    return clients[0]
-
-
-@pytest.fixture(scope="module")
-def folders(client, server, toml):
+def folders(client, toml):
     """Where the stages' files are, once fetched."""
-    answers = {table: client.fetch(toml, table) for table in TABLES}
-    assert [answer for answer in answers.values() if "folder" not in answer] == []
-    return {table: answer["folder"] for table, answer in answers.items()}
+    answer = client.fetch(toml)
+    assert "folders" in answer, answer
+    return answer["folders"]
+
+
+@pytest.fixture
+def new_model(server, served, request):
+    """A model like the interpolation's that nobody has fetched; "owner/name"."""
+    name = f"someone/{hashlib.md5(request.node.name.encode()).hexdigest()}"
+    shutil.copytree(served / "showlab/show-1-interpolation", served / name)
+    weights = served / name / "unet/diffusion_pytorch_model.bin"
+    weights.write_bytes(weights.read_bytes() + name.encode())  # a hash of its own
+    return name
+
+
+def weights_of(model: str) -> str:
+    return f"{model}/unet/diffusion_pytorch_model.bin"
+
+
+# --- What is fetched
 
 
 def test_fetches_just_what_the_stages_read(folders, server):
@@ -112,57 +127,146 @@ def test_fetches_just_what_the_stages_read(folders, server):
 
 
 def test_what_is_fetched_loads(folders, toml):
-    cascade = Cascade.load(toml).override(f'{table}.model="{folder}"' for table, folder in folders.items())
+    cascade = Cascade.load(toml)
+    paths = {table: Path(folder) for table, folder in folders.items()}
     for load in (
         loading.load_keyframes,
         loading.load_interpolation,
         loading.load_pixel_upscale,
         loading.load_latent_upscale,
     ):
-        load(cascade, torch.float32)
+        load(cascade, paths, torch.float32)
 
 
 def test_fetches_nothing_twice(folders, client, server, toml):
-    fetched = list(server.fetched)
-    assert {table: client.fetch(toml, table)["folder"] for table in TABLES} == folders
+    fetched, requests = list(server.fetched), server.requests
+    answer = client.fetch(toml)
+    assert answer == {"folders": folders, "reports": []}
     assert server.fetched == fetched
+    assert server.requests - requests == len(TABLES)  # has the hub something newer?
 
 
-@pytest.mark.parametrize(
-    ("refusal", "said"),
-    [
-        (Refusal(404, {"X-Error-Code": "RepoNotFound"}), ("The hub has no model", "hf auth login")),
-        (Refusal(401, {"X-Error-Code": "RepoNotFound"}), ("or it is private", "hf auth login")),
-        (Refusal(401, {"X-Error-Message": "Invalid credentials in Authorization header"}), ("401", "Log in again")),
-        # Without a login the hub says 401 of a gated model, with one that has not accepted its licence 403.
-        (Refusal(401, {"X-Error-Code": "GatedRepo"}, files_only=True), ("is gated", "accept its licence")),
-        (Refusal(403, {"X-Error-Code": "GatedRepo"}, files_only=True), ("is gated", "accept its licence")),
-        (Refusal(403, {"X-Error-Code": "GatedRepo"}), ("is gated", "accept its licence")),
-        (Refusal(403, {"X-Error-Message": "Access to this resource is disabled."}), ("failed", "Try again")),
-        (Refusal(400, {}), ("failed", "Try again")),
-    ],
-    ids=lambda value: f"{value.status}{[*value.headers.values()]}" if isinstance(value, Refusal) else "",
-)
-def test_refusals(client, server, served, toml, refusal, said):
-    model = f"someone/model-{id(refusal)}"  # one that no other test has fetched
-    shutil.copytree(served / "showlab/show-1-interpolation", served / model)
-    server.refusals[model] = refusal
-    answer = client.fetch(toml, "interpolation", model)
-    _check_says(answer, model, "[interpolation]", *said)
+def test_of_a_pinned_commit_nothing_is_asked_twice(folders, client, server, toml):
+    requests = server.requests
+    pins = [f'{table}.revision="{Path(folder).name}"' for table, folder in folders.items()]
+    assert client.fetch(toml, *pins)["folders"] == folders
+    assert server.requests == requests
 
 
-def test_a_model_that_is_not_there(client, toml):
-    _check_says(client.fetch(toml, "pixel_upscale", "showlab/show-1-sr9"), "[pixel_upscale]", "showlab/show-1-sr9")
+def test_offline_asks_nothing(folders, server, client, toml, tmp_path):
+    """Neither the hub nor anything else: the process notes every connection and every name that it looks up."""
+    requests = server.requests
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "def note(event, arguments):\n"
+        "    if event in ('socket.connect', 'socket.getaddrinfo', 'socket.sendto'):\n"
+        f"        open({str(tmp_path / 'asked')!r}, 'a').write(repr((event, arguments)))\n"
+        "sys.addaudithook(note)\n"
+    )
+    home = Path(folders["keyframes"]).parents[3]
+    environment = server.environment(home)
+    online = Client(environment | {"PYTHONPATH": f"{tmp_path}:{environment['PYTHONPATH']}"})
+    assert online.fetch(toml, offline=True) == {"folders": folders, "reports": []}
+    assert not (tmp_path / "asked").exists() and server.requests == requests
+    online.fetch(toml)
+    assert (tmp_path / "asked").exists() and server.requests > requests  # the notes are taken
+    online.close()
 
 
-def test_a_name_that_cannot_be(client, toml):
+def test_progress_is_told(server, toml, tmp_path):
+    client = Client(server.environment(tmp_path))
+    server.pause = 0.05
+    reports = client.fetch(toml)["reports"]
+    server.pause = 0
+    client.close()
+    total = sum(
+        (server.folder / repository / file).stat().st_size for repository in NEEDED for file in NEEDED[repository]
+    )
+    assert {report[1] for report in reports} == {total}
+    done = [report[0] for report in reports]
+    assert done == sorted(done) and done[-1] == total
+    assert reports[-1][3] == 0 and all(speed >= 0 for _, _, speed, _ in reports) and reports[-1][2] > 0
+
+
+def test_a_revision(client, toml, tiny_cascade, new_model):
+    pinned = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"', "interpolation.revision=v1")
+    assert "folders" in pinned, pinned
+    answer = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"', "interpolation.revision=v9")
+    _check_says(answer, new_model, "[interpolation]", "revision")
+
+
+# --- A folder of models
+
+
+def test_models_are_taken_from_a_folder(client, server, served, toml):
+    requests = server.requests
+    answer = client.fetch(toml, models=str(served))
+    names = {table: getattr(Cascade.load(toml), table).model for table in TABLES}
+    assert answer["folders"] == {table: str(served / name) for table, name in names.items()}
+    assert server.requests == requests
+
+
+@pytest.mark.parametrize("gone", ["unet/diffusion_pytorch_model.bin", "unet/config.json", "scheduler", ""])
+def test_what_a_folder_of_models_lacks_is_named(client, served, toml, tmp_path, gone):
+    shutil.copytree(served, tmp_path / "models")
+    lost = tmp_path / "models/showlab/show-1-sr1" / gone
+    shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    word = "a weight file" if gone.endswith(".bin") else lost.name
+    _check_says(client.fetch(toml, models=str(tmp_path / "models")), "[pixel_upscale]", "show-1-sr1", word)
+
+
+# --- What the hub refuses
+
+GATED = {"X-Error-Code": "GatedRepo"}
+REFUSALS = {
+    "no such model": (Refusal(404, {"X-Error-Code": "RepoNotFound"}), ("The hub does not have the model", "`model`")),
+    "private": (Refusal(401, {"X-Error-Code": "RepoNotFound"}), ("or it is private", "login.py")),
+    "wrong token": (
+        Refusal(401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
+        ("does not accept the token", "settings/tokens"),
+    ),
+    "gated, not logged in": (Refusal(401, GATED, files_only=True), ("nobody is logged in", "login.py")),
+    "gated, not asked": (
+        Refusal(403, GATED | {"X-Error-Message": "you are not in the authorized list."}, files_only=True),
+        ("has not asked", "Agree and access repository", "https://huggingface.co/someone/"),
+    ),
+    "gated, pending": (
+        Refusal(403, GATED | {"X-Error-Message": "Your request is awaiting a review from the repo authors."}, True),
+        ("waits for its authors", "gated-repos"),
+    ),
+    "gated, token": (
+        Refusal(403, {"X-Error-Message": "Please enable it in your fine-grained token settings"}, files_only=True),
+        ("no right to read gated models", "tick"),
+    ),
+    "disabled": (Refusal(403, {"X-Error-Message": "Access to this resource is disabled."}), ("failed", "Try again")),
+    "bad request": (Refusal(400), ("failed", "Try again")),
+    "always busy": (Refusal(429, {"Retry-After": "3600"}), ("too many requests", "is kept")),
+    "always failing": (Refusal(500), ("fails (500)", "is kept")),
+}
+
+
+@pytest.mark.parametrize(("refusal", "said"), REFUSALS.values(), ids=REFUSALS)
+def test_refusals(client, server, tiny_cascade, new_model, refusal, said):
+    server.refusals[new_model] = refusal
+    answer = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
+    # A token concerns all models; everything else one.
+    _check_says(answer, *said, *(() if "token (401)" in answer["problem"] else (new_model, "[interpolation]")))
+
+
+def test_a_model_that_is_not_there(client, tiny_cascade):
+    answer = client.fetch(tiny_cascade, "pixel_upscale.model=showlab/show-1-sr9")
+    _check_says(answer, "[pixel_upscale]", "showlab/show-1-sr9")
+
+
+def test_a_name_that_cannot_be(client, tiny_cascade):
     """It looks like a hub id, but the hub gives no such names."""
-    _check_says(client.fetch(toml, "keyframes", "some--one/base"), "[keyframes]", "some--one/base", "`model`")
+    answer = client.fetch(tiny_cascade, "keyframes.model=some--one/base")
+    _check_says(answer, "[keyframes]", "some--one/base", "`model`")
 
 
-def test_a_repository_without_what_is_needed(client, served, toml):
+def test_a_repository_without_what_is_needed(client, served, tiny_cascade):
     _add(served / "someone/empty", "README.md")
-    answer = client.fetch(toml, "latent_upscale", "someone/empty")
+    answer = client.fetch(tiny_cascade, "latent_upscale.model=someone/empty")
     _check_says(answer, "[latent_upscale]", "someone--empty", "lacks the folder tokenizer")
 
 
@@ -170,44 +274,164 @@ def test_what_is_fetched_is_used_though_the_hub_refuses(folders, client, server,
     """A login that has run out, a model that was taken down: what is here is good."""
     model = "showlab/show-1-base"
     server.refusals[model] = Refusal(401, {"X-Error-Code": "RepoNotFound"})
-    answer = client.fetch(toml, "keyframes")
+    answer = client.fetch(toml)
     del server.refusals[model]
-    assert answer == {"folder": folders["keyframes"]}
+    assert answer["folders"] == folders
 
 
-# From here on the hub is out of reach, and it is the second process that asks.
+# --- What goes wrong on the way
+
+FAULTS = {
+    "failing once": [Fault("status", 500)],
+    "busy once": [Fault("status", 429, {"Retry-After": "1"})],
+    "stalled": [Fault("stall")],
+    "cut short, twice": [Fault("cut"), Fault("cut")],
+    "wrong once": [Fault("wrong")],
+}
 
 
-def test_without_the_hub_what_an_older_program_fetched_is_found(folders, clients, server, toml):
+@pytest.mark.parametrize("faults", FAULTS.values(), ids=FAULTS)
+def test_goes_on_after(server, client, tiny_cascade, new_model, faults):
+    server.faults[weights_of(new_model)] = list(faults)
+    answer = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
+    assert "folders" in answer, answer
+    assert server.faults[weights_of(new_model)] == []
+    _check_same(server, new_model, answer["folders"]["interpolation"])
+
+
+@pytest.mark.parametrize("refusal", [Refusal(500), Refusal(429, {"Retry-After": "1"})], ids=["failing", "busy"])
+def test_asks_again_for_the_list_of_files(server, client, tiny_cascade, new_model, refusal):
+    server.busy[new_model] = [refusal]
+    assert "folders" in client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
+
+
+def test_what_arrives_damaged_again_and_again_is_not_kept(server, client, tiny_cascade, new_model):
+    server.faults[weights_of(new_model)] = [Fault("wrong") for _ in range(9)]
+    answer = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
+    _check_says(answer, new_model, "unet/diffusion_pytorch_model.bin", "damaged", "Try again")
+    server.faults.clear()
+    answer = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
+    _check_same(server, new_model, answer["folders"]["interpolation"])
+
+
+def test_killed_in_the_middle_it_goes_on_from_there(server, served, tiny_cascade, new_model, tmp_path):
+    weights = served / weights_of(new_model)
+    weights.write_bytes(os.urandom(40_000_000))
+    server.pause = 0.05
+    client = Client(server.environment(tmp_path))
+    client.start(tiny_cascade, f'interpolation.model="{new_model}"')
+    part = tmp_path / f"hub/models--{new_model.replace('/', '--')}/blobs/{_sha256(weights)}.incomplete"
+    deadline = time.monotonic() + 60
+    while not part.exists() or part.stat().st_size == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    client.process.send_signal(signal.SIGKILL)
+    client.process.wait()
+    server.pause = 0
+    came = part.stat().st_size
+    assert 0 < came < 40_000_000
+    client = Client(server.environment(tmp_path))
+    answer = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
+    client.close()
+    assert f"{weights_of(new_model)} {came}" in server.ranges
+    assert answer["reports"][0][0] >= came and answer["reports"][-1][0] == answer["reports"][-1][1]
+    _check_same(server, new_model, answer["folders"]["interpolation"])
+
+
+# --- What is wrong with the disk
+
+
+def test_a_disk_too_small_is_told_before_anything_is_fetched(server, client, tiny_cascade, new_model):
+    server.sizes[weights_of(new_model)] = 10**16
+    fetched = len(server.fetched)
+    answer = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
+    _check_says(answer, "10000000.0 GB", "Free some space", "HF_HOME")
+    assert len(server.fetched) == fetched
+
+
+def test_a_disk_that_is_full_on_the_way(server, client, folders, served, tiny_cascade, new_model):
+    blobs = Path(folders["keyframes"]).parents[2] / f"models--{new_model.replace('/', '--')}/blobs"
+    blobs.mkdir(parents=True)
+    part = blobs / f"{_sha256(served / weights_of(new_model))}.incomplete"
+    part.symlink_to("/dev/full")  # where every write fails for want of space
+    answer = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
+    _check_says(answer, new_model, "is full", "Free some space")
+    part.unlink()  # there is space again
+    answer = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
+    _check_same(server, new_model, answer["folders"]["interpolation"])
+
+
+def test_a_cache_that_cannot_be_written(server, tiny_cascade, new_model):
+    client = Client(server.environment(Path("/sys/show-1")))  # not even root may
+    answer = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
+    client.close()
+    _check_says(answer, "/sys/show-1", "cannot be kept", "HF_HOME")
+
+
+# --- How much it is
+
+# Which files the released repositories hold, and their bytes: large ones to three digits or so, small ones by guess.
+MANIFEST = json.loads(Path(__file__).with_name("manifest.json").read_text())
+
+
+def test_what_show_1_needs_is_a_fraction_of_the_repositories():
+    cascade, needed = Cascade.load("show-1"), 0
+    for table in TABLES:
+        sizes = MANIFEST[getattr(cascade, table).model]
+        files = hub.needed_files(sizes, table, hub.variant(cascade, table))
+        assert hub.choose_weights([f[5:] for f in files if f.startswith("unet/")], hub.variant(cascade, table))
+        needed += sum(sizes[file] for file in files)
+    assert 25e9 < needed <= 27e9
+    assert sum(sum(sizes.values()) for sizes in MANIFEST.values()) > 3 * needed
+
+
+# --- From here on the hub is out of reach, and it is another process that asks.
+
+
+@pytest.fixture(scope="module")
+def cut_off(server, folders):
+    server.stop()
+    client = Client(server.environment(Path(folders["keyframes"]).parents[3]))
+    yield client
+    client.close()
+
+
+def test_without_the_hub_what_an_older_program_fetched_is_found(folders, cut_off, toml):
     """Older versions of huggingface_hub kept no list of a repository's files."""
-    server.stop()
-    folder = folders["pixel_upscale"]
-    shutil.rmtree(Path(folder).parents[1] / "trees")
-    assert clients[1].fetch(toml, "pixel_upscale") == {"folder": folder}
+    shutil.rmtree(Path(folders["pixel_upscale"]).parents[1] / "trees")
+    assert cut_off.fetch(toml)["folders"] == folders
 
 
-def test_without_the_hub_what_is_fetched_is_found(folders, clients, server, toml):
-    server.stop()
-    assert {table: clients[1].fetch(toml, table)["folder"] for table in TABLES} == folders
-
-
-def test_without_the_hub_a_new_model_is_out_of_reach(clients, server, toml):
-    server.stop()
-    answer = clients[1].fetch(toml, "first_frame", "someone/new")
+def test_without_the_hub_a_new_model_is_out_of_reach(cut_off, tiny_cascade):
+    answer = cut_off.fetch(tiny_cascade, "first_frame.model=someone/new")
     _check_says(answer, "[first_frame]", "someone/new", "cannot be reached", "--cascade mini")
 
 
-def test_without_the_hub_half_a_model_is_not_enough(folders, clients, server, toml):
-    server.stop()
-    (Path(folders["interpolation"]) / "unet/diffusion_pytorch_model.bin").unlink()
-    answer = clients[1].fetch(toml, "interpolation")
-    _check_says(answer, "[interpolation]", "showlab/show-1-interpolation", "cannot be reached")
+@pytest.mark.parametrize("offline", [True, False])
+def test_without_the_hub_half_a_model_is_not_enough(folders, cut_off, toml, offline):
+    with contextlib.suppress(FileNotFoundError):
+        (Path(folders["interpolation"]) / "unet/diffusion_pytorch_model.bin").unlink()
+    answer = cut_off.fetch(toml, offline=offline)
+    why = "--offline" if offline else "cannot be reached"
+    _check_says(answer, "[interpolation]", "showlab/show-1-interpolation", why)
 
 
 def _add(folder, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"not needed: {name}")
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _check_same(server: Hub, model: str, folder: str) -> None:
+    """All needed files are as the hub has them, and the cache holds nothing that is not what its name says."""
+    for file in NEEDED["showlab/show-1-interpolation"]:
+        assert (Path(folder) / file).read_bytes() == (server.folder / model / file).read_bytes()
+    for blob in (Path(folder).parents[1] / "blobs").iterdir():
+        assert blob.name in (_sha256(blob), git_sha1(blob.read_bytes()))
 
 
 def _check_says(answer: dict[str, str], *words: str) -> None:

@@ -65,7 +65,13 @@ def copy(pristine, tmp_path):
 
 
 def repository(folder: Path, table: str, dtype: torch.dtype = torch.float32) -> loading.Repository:
-    return loading.Repository(Cascade.load(folder / "cascade.toml"), table, dtype)
+    cascade = Cascade.load(folder / "cascade.toml")
+    return loading.Repository(cascade, table, hub.find(cascade, table).folder, dtype)
+
+
+def load_stage(folder: Path, table: str):
+    cascade = Cascade.load(folder / "cascade.toml")
+    return STAGES[table](cascade, hub.fetch(cascade), torch.float32)
 
 
 def load(folder: Path, table: str, component: str, dtype: torch.dtype = torch.float32):
@@ -150,7 +156,7 @@ def test_models_hold_what_the_files_hold(pristine, table, component, dtype):
 
 @pytest.mark.parametrize("table", STAGES)
 def test_stages_have_all_their_components(pristine, table):
-    stage = STAGES[table](Cascade.load(pristine / "cascade.toml"), torch.float32)
+    stage = load_stage(pristine, table)
     assert [name for name, component in stage.components.items() if component is None] == []
 
 
@@ -158,7 +164,7 @@ def test_module_that_does_not_exist_is_not_asked_for(pristine):
     """model_index.json names one, and any other library would import it."""
     index = json.loads((pristine / FOLDERS["keyframes"] / "model_index.json").read_text())
     assert index["unet"][0] == "showone.models.unet_3d_condition"
-    STAGES["keyframes"](Cascade.load(pristine / "cascade.toml"), torch.float32)
+    load_stage(pristine, "keyframes")
 
 
 def test_t5_is_taken_once(tmp_path, pristine):
@@ -170,7 +176,7 @@ def test_t5_is_taken_once(tmp_path, pristine):
             folder.mkdir()
             (folder / "config.json").write_text("no JSON")
     for table in ("interpolation", "pixel_upscale"):
-        STAGES[table](Cascade.load(tmp_path / "cascade.toml"), torch.float32)
+        load_stage(tmp_path, table)
 
 
 def test_t5_tokenizer_from_spiece_model_alone(copy, tmp_path):
@@ -437,8 +443,8 @@ def test_a_broken_component_is_named_and_no_other(tmp_path, pristine, table, com
     """Where the whole stage is loaded."""
     shutil.copytree(pristine, tmp_path, dirs_exist_ok=True)
     cut_short(file := weight_file(tmp_path / FOLDERS[table] / component), 0.5)
-    stage = STAGES["pixel_upscale" if table == "first_frame" else table]
-    error = refusal(lambda: stage(Cascade.load(tmp_path / "cascade.toml"), torch.float32), f"[{table}]", str(file))
+    stage = "pixel_upscale" if table == "first_frame" else table
+    error = refusal(lambda: load_stage(tmp_path, stage), f"[{table}]", str(file))
     names = {f"[{other}]" for other in FOLDERS} | {f"/{name}/" for _, name in MODELS}
     assert {name for name in names if name in error.problem} == {f"[{table}]", f"/{component}/"}
 

@@ -1,0 +1,118 @@
+"""Log in to Hugging Face, and say of each model whether it can be had: `python login.py --help`.
+
+The token is taken from --token, else from HF_TOKEN, else asked for without being shown; huggingface_hub keeps it.
+"""
+
+import argparse
+import getpass
+import os
+import sys
+import warnings
+
+from show_1 import hosts, versions
+
+versions.require()  # first, as the imports below fail where something is too old
+hosts.prepare()
+
+import huggingface_hub
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import HfHubHTTPError
+
+from show_1 import access
+from show_1.cascade import Cascade
+from show_1.errors import Show1Error
+from show_1.hub import COMPONENTS
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Log in to Hugging Face; say which models can be had.")
+    parser.add_argument("--token", help="better, as it shows nothing: leave it out and be asked, or set HF_TOKEN")
+    parser.add_argument("--check", action="store_true", help="save nothing, only say how things are")
+    parser.add_argument("--cascade", metavar="NAME|FILE", default="show-1", help="whose models; default: show-1")
+    arguments = parser.parse_args()
+    try:
+        cascade = Cascade.load(arguments.cascade)
+        token, account = _account(arguments)
+        if not arguments.check:
+            _save(token)
+        print(f"{'The token is' if arguments.check else 'Logged in with the token'} of {account.name}.")
+        return _report(cascade, token)
+    except Show1Error as error:
+        print(f"{error.problem}\n{error.remedy}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, EOFError):
+        print("Cancelled.", file=sys.stderr)
+        return 130
+
+
+def _account(arguments: argparse.Namespace) -> tuple[str, access.Account]:
+    """Return a token that the hub accepts, and whose it is."""
+    given = arguments.token
+    if given and given.strip().startswith("<"):
+        given = None  # "<your_huggingface_token>", as the notebook has it before one is put there
+    if token := given or os.environ.get("HF_TOKEN"):
+        token = access.check_form(token)
+        return token, access.account(token)
+    if token := get_token():
+        # Logged in already; where that has run out, a new token is asked for.
+        try:
+            return token, access.account(token)
+        except Show1Error as error:
+            if arguments.check or "does not accept" not in error.problem:
+                raise
+            print(error.problem, file=sys.stderr)
+    token = access.check_form(_ask())
+    return token, access.account(token)
+
+
+def _ask() -> str:
+    """Ask for the token without showing it; raise Show1Error where nobody could answer."""
+    nobody = Show1Error(
+        "No token was given, and there is no terminal to ask for one.",
+        "Put it into the variable HF_TOKEN; or, in a notebook, run %run login.py in a cell, which asks for it.",
+    )
+    # In a notebook, `!` gives its program a terminal that nobody types into; Colab's shows a field instead.
+    in_kernel = "ipykernel" in sys.modules
+    host = hosts.detect()
+    if not in_kernel and (not sys.stdin.isatty() or (host.in_notebook and host.name != "Colab")):
+        raise nobody
+    print(f"Make a token of type “Read” at {access.TOKENS} and paste it here; it is not shown.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", getpass.GetPassWarning)  # else it would go on and show it
+            return getpass.getpass("Token: ")
+    except (getpass.GetPassWarning, NotImplementedError, RuntimeError) as error:
+        raise nobody from error
+
+
+def _save(token: str) -> None:
+    try:
+        huggingface_hub.login(token)
+    except HfHubHTTPError as error:  # it asks the hub once more
+        raise access.explain(error, "the account of the token") from error
+    except OSError as error:
+        raise Show1Error(
+            f"The token cannot be saved in {constants.HF_HOME}: {error.strerror or 'the disk refuses'}.",
+            "Set HF_HOME to a folder that can be written to, or put the token into HF_TOKEN each time.",
+        ) from error
+
+
+def _report(cascade: Cascade, token: str) -> int:
+    """Say of each model whether it can be had; return 0 if all can, else 2."""
+    sources = {table: cascade.model_source(table) for table in COMPONENTS}
+    needed = dict.fromkeys(source for source in sources.values() if isinstance(source, str))
+    if not needed:
+        print(f"{cascade.name} needs no model from the hub.")
+    code = 0
+    for repository in needed:
+        try:
+            access.check_model(repository, token)
+            print(f"{repository}: can be had.")
+        except Show1Error as error:
+            print(f"{repository}: cannot be had. {error}")
+            code = 2
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Who we are at the hub, and which models that lets us have; where it does not, which page to open and what to click.
+
+What the hub answers, and in which words, is told in https://huggingface.co/docs/hub/models-gated and was read from its
+answers; where its words change, the sentences here become less exact, not wrong.
+"""
+
+import queue
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from httpx2 import RequestError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from show_1.errors import Show1Error, first_line
+
+SITE = "https://huggingface.co"
+TOKENS = f"{SITE}/settings/tokens"
+PATIENCE = 7  # seconds; huggingface_hub itself sets no limit to these questions, nor can it to a silent name server
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Account:
+    """Whose token it is, and whether it may read gated models: not every fine-grained token may."""
+
+    name: str
+    reads_gated: bool
+
+
+def check_form(token: str) -> str:
+    """Return the token without space around it; raise Show1Error, which does not show it, if it cannot be one."""
+    token = token.strip()
+    remedy = f"Copy it whole, in one piece, from {TOKENS}."
+    if len(token.split()) > 1:
+        raise Show1Error("The token has a line break or a space in it.", remedy)
+    if not re.fullmatch(r"hf_\w+", token, re.ASCII):
+        raise Show1Error('This is no Hugging Face token: one begins with "hf_", then come letters and digits.', remedy)
+    return token
+
+
+def account(token: str) -> Account:
+    """Return whose token this is; raise Show1Error if the hub does not accept it or does not answer."""
+    try:
+        user = in_time(lambda: HfApi().whoami(token))
+    except Exception as error:
+        raise explain(error, "the account of the token") from error
+    grants = (user.get("auth") or {}).get("accessToken") or {}
+    fine_grained = grants.get("fineGrained") or {}
+    return Account(user["name"], grants.get("role") != "fineGrained" or bool(fine_grained.get("canReadGatedRepos")))
+
+
+def check_model(repository: str, token: str | None) -> None:
+    """Raise Show1Error, with the page to open and what to click there, if this token cannot have the model."""
+    try:
+        in_time(lambda: HfApi().auth_check(repository, token=token or False))
+    except Exception as error:
+        raise explain(error, f"the model {repository}", repository) from error
+
+
+def explain(error: Exception, what: str, repository: str = "") -> Show1Error:
+    """Return what an error of huggingface_hub means: `what` could not be had, for example "the model a/b"."""
+    subject = what[0].upper() + what[1:]
+    page = f"{SITE}/{repository}"
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    words = ((getattr(error, "server_message", None) or "") if status else "").lower()
+    if isinstance(error, Show1Error):
+        return error
+    if status == 403 and "fine-grained" in words:
+        return Show1Error(
+            f"{subject} is gated, and the token has no right to read gated models.",
+            f"Open {TOKENS}, edit the token, tick “Read access to contents of all public gated repos you can access”, "
+            "and save it.",
+        )
+    if isinstance(error, GatedRepoError):
+        if status == 401:
+            return Show1Error(
+                f"{subject} is gated, and nobody is logged in here.",
+                f"Open {page}, accept its licence by “Agree and access repository”, then log in: python login.py.",
+            )
+        if "awaiting" in words:
+            return Show1Error(
+                f"{subject} is gated, and your request for it waits for its authors.",
+                f"Wait for their answer; {SITE}/settings/gated-repos shows how it stands.",
+            )
+        if "rejected" in words:
+            return Show1Error(
+                f"{subject} is gated, and its authors have declined your request.",
+                f"Ask them on {page}/discussions, or name another model in the cascade.",
+            )
+        return Show1Error(
+            f"{subject} is gated, and your account has not asked for it yet.",
+            f"Open {page} as the account of the token, and accept its licence by “Agree and access repository”.",
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return Show1Error(f"{subject} has no such revision at the hub.", "Correct the table's `revision`.")
+    if isinstance(error, RepositoryNotFoundError | HFValidationError):
+        return Show1Error(
+            f"The hub does not have {what}, or it is private; nor is it a folder here.",
+            "Correct the table's `model`, or log in with an account that may see it: python login.py.",
+        )
+    if status == 401:
+        return Show1Error(
+            "The hub does not accept the token (401): it is wrong, expired or revoked.",
+            f"Make a new one at {TOKENS}, then log in again: python login.py.",
+        )
+    if status == 429:
+        return Show1Error(
+            f"The hub has had too many requests from here (429) and does not give {what} now.",
+            "Wait some minutes, log in if you are not (python login.py), and start again: what is complete is kept.",
+        )
+    if status and status >= 500:
+        return Show1Error(
+            f"The hub fails ({status}) when asked for {what}.",
+            "Start again in some minutes: what is complete is kept.",
+        )
+    if status is None and isinstance(error, RequestError | OfflineModeIsEnabled | TimeoutError):
+        return Show1Error(
+            f"The hub cannot be reached for {what}.",
+            "Connect to the internet and start again (what has come is kept), or choose a cascade that is here: "
+            "--cascade mini.",
+        )
+    return Show1Error(f"Fetching {what} failed: {first_line(error)}.", "Try again: what is complete is kept.")
+
+
+def in_time(ask: Callable[[], T]) -> T:
+    """Return what `ask` returns, in PATIENCE seconds; raise what it raises, or TimeoutError."""
+    answer: queue.SimpleQueue = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answer.put((ask(), None))
+        except Exception as error:
+            answer.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        value, error = answer.get(timeout=PATIENCE)
+    except queue.Empty:
+        raise TimeoutError from None
+    if error is not None:
+        raise error
+    return value

@@ -1,0 +1,124 @@
+"""The command line: `python -m show_1 "a panda jumping in the snow"`."""
+
+import argparse
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from show_1 import hosts
+from show_1.cascade import Cascade
+from show_1.errors import Show1Error
+from show_1.pipeline import (
+    MAX_SEED,
+    Show1Pipeline,
+    check_device,
+    check_request,
+    default_cascade,
+    draw_seed,
+)
+from show_1.terminal import DownloadBar, draw
+from show_1.video import slug
+
+DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+OUTPUTS = hosts.detect().outputs
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
+    try:
+        _run(arguments)
+    except Show1Error as error:
+        if arguments.debug:
+            raise
+        print(f"{error.problem}\n{error.remedy}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Cancelled.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m show_1",
+        description="Make a three-second video from a prompt.",
+        epilog='"python -m show_1 doctor" says whether this computer can.',
+    )
+    parser.add_argument("prompt", help="what the video should show")
+    parser.add_argument("--cascade", metavar="NAME|FILE", help=f"{', '.join(Cascade.names())}, or a TOML file")
+    parser.add_argument("--seed", metavar="N", help="for the same video again; drawn if left out")
+    parser.add_argument("--out", metavar="FILE.mp4", type=Path, help=f"default: a name of its own in {OUTPUTS}/")
+    parser.add_argument("--device", help="cuda, cpu, mps, ...; default: cuda where there is one")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on the CPU")
+    parser.add_argument("--save-stages", metavar="FILE.safetensors", type=Path, help="keep what the stages pass on")
+    parser.add_argument(
+        "--set", metavar="STAGE.KEY=VALUE", action="append", default=[], help="change the cascade; may be repeated"
+    )
+    parser.add_argument("--models", metavar="DIR", type=Path, help="take hub models from DIR/owner/name")
+    parser.add_argument("--offline", action="store_true", help="ask no network: what was fetched before must do")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    seed = draw_seed() if arguments.seed is None else _whole_number(arguments.seed)
+    device = check_device(arguments.device)
+    cascade = Cascade.load(arguments.cascade or default_cascade(device)).override(arguments.set)
+    out = arguments.out or _free_name(arguments.prompt, seed)
+    check_request(arguments.prompt, seed, out)
+    if arguments.save_stages is not None:
+        _save_tensors({}, arguments.save_stages)  # to fail now rather than at the end
+        arguments.save_stages.unlink()
+
+    print(f"{cascade.name} on {device.type}: loading", file=sys.stderr)
+    pipeline = Show1Pipeline.from_cascade(
+        cascade,
+        device,
+        DTYPES.get(arguments.dtype),
+        models=arguments.models,
+        offline=arguments.offline,
+        report=DownloadBar(),
+    )
+    result = draw(pipeline.stream(arguments.prompt, seed=seed, path=out))
+    if arguments.save_stages is not None:
+        _save_tensors(result.tensors, arguments.save_stages)
+        print(f"Stages: {arguments.save_stages}")
+    print(f"Seed: {seed}")
+    print(f"Video: {out}")
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise Show1Error(f"The seed cannot be {text!r}.", f"Give a whole number from 0 to {MAX_SEED}.") from None
+
+
+def _free_name(prompt: str, seed: int) -> Path:
+    OUTPUTS.mkdir(parents=True, exist_ok=True)
+    stem = f"{slug(prompt)}-{seed}"
+    names = (f"{stem}{suffix}.mp4" for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
+    return next(OUTPUTS / name for name in names if not (OUTPUTS / name).exists())
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file; it appears only when it is complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise Show1Error(
+            f"{path.name} cannot be written to the folder {path.parent.absolute()}: {error}.",
+            "Choose a folder that exists, with space, that can be written to.",
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)

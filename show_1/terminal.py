@@ -1,0 +1,42 @@
+"""What the commands draw in the terminal, and a notebook below its cells."""
+
+import sys
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+from show_1.hub import Progress
+from show_1.pipeline import Clip, Event, Notice, StageStart, StepDone, Video
+
+
+class DownloadBar:
+    """Draws the fetching of all models as one bar: bytes, speed, time left. To be given to `hub.fetch` as `report`."""
+
+    def __init__(self):
+        self._bar: tqdm | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        if self._bar is None:
+            # Its own `initial`: what an earlier run has fetched says nothing of the speed.
+            self._bar = tqdm(
+                total=progress.total, initial=progress.done, desc="fetching models", unit="B", unit_scale=True
+            )
+        self._bar.update(progress.done - self._bar.n)
+        if progress.done == progress.total:
+            self._bar.close()
+
+
+def draw(events: Iterator[Event]) -> Video:
+    """Draw a bar a stage, with steps and time left; return the result."""
+    bar = None
+    for event in events:
+        match event:
+            case Notice(message):
+                print(message, file=sys.stderr)
+            case StageStart(stage, steps):
+                bar = tqdm(total=steps, desc=f"{stage.replace('_', ' '):14}", unit="step")
+            case StepDone():
+                bar.update()
+            case Clip():
+                bar.close()
+    return event

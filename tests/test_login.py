@@ -1,0 +1,281 @@
+"""login.py and the doctor, as people call them, against a hub on this computer."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pexpect
+import pytest
+
+from tests import tiny
+from tests.hub_server import ROOT, Hub, Refusal
+
+TOKEN = "hf_abcdefghijklmnopqrstuvwxyzabcdefgh"
+NARROW = "hf_narrowabcdefghijklmnopqrstuvwxyzab"
+GATED = "DeepFloyd/IF-II-L-v1.0"
+NOT_ASKED = Refusal(
+    403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "you are not in the authorized list."}, files_only=True
+)
+PENDING = Refusal(
+    403,
+    {"X-Error-Code": "GatedRepo", "X-Error-Message": "Your request is awaiting a review from the repo authors."},
+    files_only=True,
+)
+NO_RIGHT = Refusal(
+    403, {"X-Error-Message": "Please enable access to it in your fine-grained token settings"}, files_only=True
+)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    tiny.build(folder)
+    return folder
+
+
+@pytest.fixture
+def server(served):
+    server = Hub(served)
+    server.users[TOKEN] = {"name": "alice", "auth": {"accessToken": {"displayName": "notebook", "role": "read"}}}
+    grants = {"displayName": "narrow", "role": "fineGrained", "fineGrained": {"canReadGatedRepos": False}}
+    server.users[NARROW] = {"name": "alice", "auth": {"accessToken": grants}}
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def toml(tmp_path_factory):
+    file = tmp_path_factory.mktemp("cascade") / "cascade.toml"
+    file.write_text(tiny.CASCADE)
+    return file
+
+
+@pytest.fixture
+def login(server, toml, tmp_path):
+    """Runs login.py; what it writes is looked through for the token."""
+
+    def login(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        done = run("login.py", "--cascade", toml, *arguments, environment=server.environment(tmp_path) | environment)
+        assert TOKEN not in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    return login
+
+
+def run(*command, environment: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def said(done: subprocess.CompletedProcess, *words: str) -> None:
+    assert done.returncode == 2, done
+    assert [word for word in words if word not in done.stdout + done.stderr] == [], done
+
+
+# --- login.py
+
+
+def test_a_token_is_saved_by_huggingface_hub_alone(login, tmp_path):
+    for _ in range(2):  # again does no harm
+        done = login("--token", f" {TOKEN}\n")
+        assert done.returncode == 0, done
+        assert done.stdout.count("can be had") == 5 and "alice" in done.stdout
+    holders = [file for file in tmp_path.rglob("*") if file.is_file() and TOKEN in file.read_text(errors="replace")]
+    assert sorted(file.name for file in holders) == ["stored_tokens", "token"]
+    assert {file.stat().st_mode & 0o077 for file in holders} == {0}
+    assert login().returncode == 0  # logged in by now
+
+
+def test_the_token_of_the_environment(login, tmp_path):
+    done = login("--token", "<your_huggingface_token>", HF_TOKEN=TOKEN)  # the notebook's cell, as it stands
+    assert done.returncode == 0, done
+    assert (tmp_path / "token").read_text() == TOKEN
+
+
+def test_check_saves_nothing(login, tmp_path):
+    done = login("--check", "--token", TOKEN)
+    assert done.returncode == 0 and "alice" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_prompt_is_hidden(server, toml, tmp_path):
+    command = [str(ROOT / "login.py"), "--cascade", str(toml)]
+    child = pexpect.spawn(sys.executable, command, env=server.environment(tmp_path), encoding="utf-8", timeout=60)
+    child.expect("Token: ")
+    child.sendline(TOKEN)
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0 and "alice" in child.before and TOKEN not in child.before
+    assert (tmp_path / "token").read_text() == TOKEN
+
+
+def test_in_a_notebook_it_does_not_wait_for_what_nobody_can_type(server, toml, tmp_path):
+    """There, `!` gives the program a terminal, as here, and no way to write to it."""
+    environment = server.environment(tmp_path) | {"JPY_PARENT_PID": "1"}
+    child = pexpect.spawn(sys.executable, [str(ROOT / "login.py")], env=environment, encoding="utf-8", timeout=60)
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 2 and "no terminal" in child.before and "%run login.py" in child.before
+
+
+BAD = {
+    "a line break": (f"{TOKEN[:9]}\n{TOKEN[9:]}", "line break"),
+    "another form": ("ghp_abcdefghijkl", 'begins with "hf_"'),
+    "not known, or expired": ("hf_expired", "does not accept the token"),
+}
+
+
+@pytest.mark.parametrize(("token", "words"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize("way", ["--token", "HF_TOKEN"])
+def test_a_token_that_will_not_do(login, tmp_path, way, token, words):
+    done = login("--token", token) if way == "--token" else login(HF_TOKEN=token)
+    said(done, words, "settings/tokens")
+    assert done.stderr.count("\n") == 2 and token not in done.stderr
+    assert not (tmp_path / "token").exists()
+
+
+def test_no_token_and_nobody_to_ask(login):
+    said(login(), "no terminal", "HF_TOKEN")
+
+
+def test_without_a_network(login, server):
+    server.stop()
+    said(login("--token", TOKEN), "cannot be reached", "Connect to the internet")
+
+
+def test_where_it_cannot_be_saved(login):
+    said(login("--token", TOKEN, HF_HOME="/sys/show-1"), "/sys/show-1", "HF_TOKEN")
+
+
+@pytest.mark.parametrize(
+    ("refusal", "token", "words"),
+    [
+        (NOT_ASKED, TOKEN, ("not asked", f"Open https://huggingface.co/{GATED}", "Agree and access repository")),
+        (PENDING, TOKEN, ("waits for its authors", "settings/gated-repos")),
+        (NO_RIGHT, NARROW, ("no right to read gated models", "settings/tokens", "tick")),
+    ],
+    ids=["not asked", "pending", "no right"],
+)
+def test_a_model_that_cannot_be_had(login, server, tmp_path, refusal, token, words):
+    server.refusals[GATED] = refusal
+    done = login("--token", token)
+    said(done, *words)
+    assert done.stdout.count("can be had") == 4  # the others
+    assert (tmp_path / "token").exists()
+
+
+# --- python -m show_1 doctor
+
+
+@pytest.fixture
+def doctor(server, toml, tmp_path):
+    def doctor(*arguments, **environment: str) -> subprocess.CompletedProcess:
+        arguments = arguments if "--cascade" in arguments else ("--cascade", toml, *arguments)
+        environment = server.environment(tmp_path) | environment
+        done = run("-m", "show_1", "doctor", *arguments, environment=environment)
+        assert TOKEN not in done.stdout and "Traceback" not in done.stderr
+        return done
+
+    return doctor
+
+
+def test_a_healthy_computer(doctor, server, tmp_path):
+    fetched = list(server.fetched)
+    done = doctor(HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done
+    assert "WRONG" not in done.stdout and "alice" in done.stdout and "Tiny can run here." in done.stdout
+    subjects = [line[7:].partition(":")[0] for line in done.stdout.splitlines()[:-1]]
+    tables = ["keyframes", "interpolation", "first_frame", "pixel_upscale", "latent_upscale"]
+    models = [f"model of [{table}]" for table in tables]
+    assert subjects == ["versions", "video encoder", "token", *models, "disk", "GPU"]
+    assert server.fetched == fetched and list(tmp_path.iterdir()) == []  # it has only looked
+
+
+def test_mini_needs_no_hub(doctor, server):
+    requests = server.requests
+    assert doctor("--cascade", "mini").returncode == 0
+    assert server.requests == requests
+
+
+def test_a_folder_of_models(doctor, served, tmp_path):
+    assert doctor("--models", served).returncode == 0
+    shutil.copytree(served, tmp_path / "models")
+    (tmp_path / "models/showlab/show-1-sr2/vae/config.json").unlink()
+    said(doctor("--models", tmp_path / "models"), "WRONG  model of [latent_upscale]", "config.json", "cannot run")
+
+
+def test_what_is_wrong_is_said(doctor, server):
+    server.refusals[GATED] = NOT_ASKED
+    server.sizes["showlab/show-1-base/unet/diffusion_pytorch_model.bin"] = 10**16
+    done = doctor(HF_TOKEN="hf_expired")
+    said(done, "WRONG  token", "WRONG  disk", "WRONG  model of [first_frame]", "Agree and access repository")
+    assert done.stdout.count("can be fetched") == 4
+    if "none that torch can use" in done.stdout:
+        said(done, "WRONG  GPU", "many hours")
+
+
+def test_offline(doctor, server):
+    requests = server.requests
+    said(doctor("--offline"), "WRONG  model of [keyframes]", "--offline")
+    assert server.requests == requests
+
+
+def test_it_does_not_wait_long(doctor, tmp_path):
+    """Ten seconds where nothing answers, on a computer that does nothing else: torch alone may take longer here."""
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    busy = time.monotonic() - start
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes calls, and says nothing
+        start = time.monotonic()
+        done = doctor(HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}", HF_TOKEN=TOKEN)
+        assert time.monotonic() - start < 10 + busy
+    said(done, "WRONG  token", "cannot be reached")
+    start = time.monotonic()
+    doctor(HF_TOKEN=TOKEN)
+    assert time.monotonic() - start < 5 + busy
+
+
+# --- Python or a package that is too old
+
+
+@pytest.mark.parametrize("command", ["app.py", "login.py", "-m show_1 doctor", '-m show_1 "a cat"'])
+def test_what_is_too_old_is_said(tmp_path, command):
+    """A package's version is what stands in its folder of metadata; this one comes first."""
+    old = tmp_path / "diffusers-0.19.3.dist-info"
+    old.mkdir()
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: diffusers\nVersion: 0.19.3\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = run(*command.replace('"', "").split(" ", 2), environment=environment)
+    assert done.returncode == 2 and "diffusers 0.19.3 is too old" in done.stderr
+    assert "pip install -r requirements.txt" in done.stderr and done.stderr.count("\n") == 2
+
+
+@pytest.mark.parametrize("command", ["app.py", "login.py", "-m show_1 doctor"])
+def test_a_python_too_old_is_said(tmp_path, command):
+    """No older Python is at hand: this one says that it is, before anything else runs."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import platform, sys\nsys.version_info = (3, 10, 4)\nplatform.python_version = lambda: '3.10.4'\n"
+    )
+    done = run(*command.split(), environment=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert done.returncode == 2 and "Python 3.10.4" in done.stderr and "3.11" in done.stderr
+    assert done.stderr.count("\n") == 2
+
+
+def test_what_reads_on_an_older_python():
+    """What runs before the check must not be refused for its grammar by the Pythons that it is to name."""
+    import ast
+
+    for file in ("app.py", "login.py", "show_1/__init__.py", "show_1/__main__.py", "show_1/versions.py"):
+        ast.parse(Path(ROOT, file).read_text(), feature_version=(3, 8))
