@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from show_1 import replay
 from show_1.cascade import Cascade
 from show_1.errors import Show1Error
 from show_1.pipeline import (
@@ -36,6 +37,8 @@ OUTPUTS = Path("outputs")
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["replay"] and len(sys.argv) > 2:
+        return replay.run(sys.argv[2:])
     arguments = _parser().parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
     try:
@@ -52,7 +55,11 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m show_1", description="Make a three-second video from a prompt.")
+    parser = argparse.ArgumentParser(
+        prog="python -m show_1",
+        description="Make a three-second video from a prompt.",
+        epilog="python -m show_1 replay FILE.mp4 makes a video again and compares.",
+    )
     parser.add_argument("prompt", help="what the video should show")
     parser.add_argument("--cascade", metavar="NAME|FILE", help=f"{', '.join(Cascade.names())}, or a TOML file")
     parser.add_argument("--seed", metavar="N", help="for the same video again; drawn if left out")

@@ -385,8 +385,7 @@ class Jobs:
             else:
                 name = f"{clip.stage}.mp4"
                 settings = pipeline.settings(job.prompt, job.seed) | {"stopped_after": clip.stage}
-                frames, fps = enlarge(clip.frames), clip_fps(clip.stage, pipeline.cascade)
-                video.write(self.place(job) / name, frames, fps, settings)
+                video.write(self.place(job) / name, *clip_frames(clip, pipeline.cascade), settings)
             job.clips[clip.stage] = name
         except (Show1Error, OSError) as error:
             job.notices.append(f"The clip of {clip.stage.replace('_', ' ')} could not be kept: {error}")
@@ -515,8 +514,10 @@ def enlarge(frames: np.ndarray) -> np.ndarray:
     return frames.repeat(factor, axis=1).repeat(factor, axis=2) if factor > 1 else frames
 
 
-def clip_fps(stage: str, cascade: Cascade) -> int:
-    return max(cascade.fps // (SEGMENT - 1), 1) if stage == "keyframes" else cascade.fps
+def clip_frames(clip: Clip, cascade: Cascade) -> tuple[np.ndarray, int]:
+    """Return a stage's clip as it is kept: enlarged, and with its frames per second."""
+    fps = max(cascade.fps // (SEGMENT - 1), 1) if clip.stage == "keyframes" else cascade.fps
+    return enlarge(clip.frames), fps
 
 
 def duration(seconds: float) -> str:

@@ -289,13 +289,7 @@ class Show1Pipeline:
             "device": unet.device.type,
             "dtype": str(unet.dtype).removeprefix("torch."),
             "weights": self.weights,
-            "versions": {
-                "show-1": show_1.__version__,
-                "torch": torch.__version__,
-                "diffusers": diffusers.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
         }
 
     def _check_sizes(self) -> None:
@@ -326,6 +320,17 @@ def check_request(prompt: str, seed: int | None, path: str | Path | None) -> Non
         raise Show1Error(f"The seed cannot be {seed!r}.", f"Give a whole number from 0 to {MAX_SEED}.")
     if path is not None:
         video.check_writable(path)
+
+
+def versions() -> dict[str, str]:
+    """Return what runs here, of all that frames may depend on."""
+    return {
+        "show-1": show_1.__version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def draw_seed() -> int:
