@@ -680,13 +680,15 @@ def _serve(arguments: argparse.Namespace) -> None:
     if arguments.queue_size < 1:
         raise Show1Error(f"The queue size cannot be {arguments.queue_size}.", "Give --queue-size a number from 1 on.")
 
+    auth = _auth(arguments.auth)
+
     notes: list[str] = []
     jobs = Jobs(cascade, device, outputs, arguments.queue_size)
     page = build(jobs, notes)
     jobs.start()
     page.launch(
         share=arguments.share,
-        auth=_auth(arguments.auth),
+        auth=auth,
         server_name=arguments.server_name,
         server_port=arguments.port,
         allowed_paths=[str(outputs)],
