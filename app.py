@@ -37,12 +37,12 @@ EXAMPLES = {
         "an owl standing still in the forest",
     ),
     "Show-1": (
-        "a panda taking a selfie, best quality",
-        "a burning lamborghini driving on the road",
-        "a medium sized dog on a surfboard riding a wave at sunset",
-        "close up of mystic cat, like a buring phoenix, red and black colors",
-        "toad practicing karate",
-        "a corgi with vr goggles painting on a canvas, studio light",
+        "a panda eating bamboo on a rock, close up",
+        "an astronaut riding a horse on the beach at sunset",
+        "a corgi swimming in clear blue water",
+        "a red vintage car driving through autumn woods, aerial view",
+        "a campfire burning at night beside a lake",
+        "a hummingbird drinking from a flower, slow motion, best quality",
     ),
 }
 SYSTEM_FONTS = ("system-ui", "sans-serif")  # Gradio's own theme would fetch one from the web
@@ -258,11 +258,11 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
                 submit_button = gr.Button("Make the video", variant="primary")
                 examples = EXAMPLES.get(jobs.cascade.name, EXAMPLES["Show-1"])
                 gr.Examples([[example] for example in examples], prompt, label="Examples")
-                with gr.Row(equal_height=True):
-                    # No gr.Number: it shows 0 where it has no value, and rounds.
-                    seed = gr.Textbox(label="Seed", placeholder="a new one each time", max_lines=1, scale=3)
-                    random_seed = gr.Button("Random", min_width=90)
-                    same_seed = gr.Button("Reuse", min_width=90)
+                random_seed, same_seed = gr.Button("Random"), gr.Button("Reuse")
+                # No gr.Number: it shows 0 where it has no value, and rounds.
+                seed = gr.Textbox(
+                    label="Seed", placeholder="a new one each time", max_lines=1, buttons=[random_seed, same_seed]
+                )
                 with gr.Accordion("Advanced", open=False):
                     fields = _fields(jobs.cascade)
                 with gr.Accordion("Settings from a video", open=False):
@@ -294,7 +294,6 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
                 with gr.Row():
                     mp4 = gr.DownloadButton("Download MP4", visible=False)
                     gif = gr.DownloadButton("Download GIF", visible=False)
-                with gr.Row():
                     again_button = gr.Button("Again with another seed", visible=False)
                     reuse_button = gr.Button("Edit these settings", visible=False)
                 clips = gr.HTML(html_template=CLIPS, css_template=CLIPS_STYLE, elem_id="clips")

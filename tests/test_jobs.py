@@ -13,7 +13,7 @@ from show_1.jobs import CANCELLED, DONE, FAILED, STOPPED, Jobs, duration, enlarg
 from show_1.pipeline import Show1Pipeline
 from show_1.timing import RELATIVE, STAGES, Calibration, Cost, Forecast, stage_steps
 
-PATIENCE = 120
+PATIENCE = 300
 CPU = torch.device("cpu")
 LONG = {"keyframes": {"steps": 900}}
 
