@@ -62,12 +62,14 @@ GO_TO_JOB = """(job) => {
 }"""
 
 HEADLINE = """
-<div role="status" aria-live="polite" data-state="{{value.state}}">{{value.text}}</div>
+<div role="status" aria-live="polite">{{value.text}}</div>
+{{#if value.prompt}}<p class="prompt">“{{value.prompt}}” · seed {{value.seed}}</p>{{/if}}
 {{#each value.notices}}<p>{{this}}</p>{{/each}}
 """
 HEADLINE_STYLE = """
 [role=status] { font-size: var(--text-lg); font-weight: 600; }
 p { margin: 6px 0 0; font-size: var(--text-sm); overflow-wrap: anywhere; }
+.prompt { color: var(--body-text-color-subdued); }
 """
 # The browser's own notice, where the visitor has allowed it: only for a job that this page saw at work.
 NOTIFY = """
@@ -440,7 +442,8 @@ def _headline(jobs: Jobs, id: str, job: Job | None) -> dict[str, Any]:
     if job is None:
         loading = jobs.loading.get("text")
         return {"text": f"Ready when the models are: {loading}" if loading else "Ready", "state": "none"}
-    shown = {"state": job.state, "notices": [_short(notice, 500) for notice in job.notices]}
+    notices = [_short(notice, 500) for notice in job.notices]
+    shown = {"state": job.state, "prompt": _short(job.prompt, 200), "seed": job.seed, "notices": notices}
     return {"text": _what(jobs, job), **shown}
 
 
