@@ -260,11 +260,12 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
                 submit_button = gr.Button("Make the video", variant="primary")
                 examples = EXAMPLES.get(jobs.cascade.name, EXAMPLES["Show-1"])
                 gr.Examples([[example] for example in examples], prompt, label="Examples")
-                random_seed, same_seed = gr.Button("Random"), gr.Button("Reuse")
-                # No gr.Number: it shows 0 where it has no value, and rounds.
-                seed = gr.Textbox(
-                    label="Seed", placeholder="a new one each time", max_lines=1, buttons=[random_seed, same_seed]
-                )
+                with gr.Group():
+                    # No gr.Number: it shows 0 where it has no value, and rounds. And no buttons of the box itself: they
+                    # would be part of its name for a screen reader.
+                    seed = gr.Textbox(label="Seed", placeholder="a new one each time", max_lines=1)
+                    with gr.Row():
+                        random_seed, same_seed = gr.Button("Random", size="sm"), gr.Button("Reuse", size="sm")
                 with gr.Accordion("Advanced", open=False):
                     fields = _fields(jobs.cascade)
                 with gr.Accordion("Settings from a video", open=False):
@@ -687,8 +688,8 @@ def _serve(arguments: argparse.Namespace) -> None:
     notes: list[str] = []
     jobs = Jobs(cascade, device, outputs, arguments.queue_size)
     page = build(jobs, notes)
-    jobs.start()
-    page.launch(
+    _launch(
+        page,
         share=arguments.share,
         auth=auth,
         server_name=arguments.server_name,
@@ -701,6 +702,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         theme=gr.themes.Default(font=SYSTEM_FONTS, font_mono=("monospace",)),
         prevent_thread_lock=True,
     )
+    jobs.start()  # not before: loading would keep the page from answering
     if arguments.share and not page.share_url:
         notes.append(
             f"**There is no public link: the tunnel could not be made.** The page works at {page.local_url} on the "
@@ -714,6 +716,16 @@ def _serve(arguments: argparse.Namespace) -> None:
         # With a video still in work, an orderly end of Python would make torch abort.
         sys.stdout.flush()
         os._exit(0)
+
+
+def _launch(page: gr.Blocks, **settings: Any) -> None:
+    try:
+        page.launch(**settings)
+    except ValueError as error:  # Gradio asks its own page, and has got no answer
+        raise Show1Error(
+            f"The page does not answer on this computer: {str(error).splitlines()[0]}",
+            "Set NO_PROXY=127.0.0.1 if there is a proxy, or try again when the computer is less busy.",
+        ) from error
 
 
 def _auth(pair: str | None) -> tuple[str, str] | None:
