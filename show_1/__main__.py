@@ -1,4 +1,4 @@
-"""`python -m show_1 PROMPT` makes a video; `python -m show_1 doctor` says whether it could."""
+"""`python -m show_1 PROMPT` makes a video; `doctor` says whether it could, `replay` makes one again."""
 
 import sys
 
@@ -13,6 +13,10 @@ def main() -> int:
         from show_1 import doctor
 
         return doctor.main(sys.argv[2:])
+    if sys.argv[1:2] == ["replay"] and len(sys.argv) > 2:
+        from show_1 import replay
+
+        return replay.main(sys.argv[2:])
     from show_1 import command_line
 
     return command_line.main(sys.argv[1:])

@@ -50,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m show_1",
         description="Make a three-second video from a prompt.",
-        epilog='"python -m show_1 doctor" says whether this computer can.',
+        epilog='"python -m show_1 doctor" says whether this computer can; '
+        '"python -m show_1 replay FILE.mp4" makes a video again and compares.',
     )
     parser.add_argument("prompt", help="what the video should show")
     parser.add_argument("--cascade", metavar="NAME|FILE", help=f"{', '.join(Cascade.names())}, or a TOML file")
@@ -78,6 +79,8 @@ def _run(arguments: argparse.Namespace) -> None:
         _save_tensors({}, arguments.save_stages)  # to fail now rather than at the end
         arguments.save_stages.unlink()
 
+    if cascade.about:
+        print(cascade.about.note, file=sys.stderr)
     print(f"{cascade.name} on {device.type}: loading", file=sys.stderr)
     pipeline = Show1Pipeline.from_cascade(
         cascade,

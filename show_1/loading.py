@@ -1,9 +1,10 @@
 """Folders to stages: each component by its subfolder, whatever model_index.json says, and strictly."""
 
 import contextlib
+import hashlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from show_1.cascade import Cascade
 from show_1.errors import Show1Error, first_line
 from show_1.models import UNet3DConditionModel
 from show_1.stages import InterpolationPipeline, KeyframesPipeline, LatentUpscalePipeline, PixelUpscalePipeline
+from show_1.stages.denoise import Stage
 
 Folders = Mapping[str, Path]  # where the model of each table is, as `hub.fetch` returns it
 SCHEDULERS = {scheduler.__name__: scheduler for scheduler in (DDPMScheduler, DPMSolverMultistepScheduler)}
@@ -150,6 +152,19 @@ def load_latent_upscale(cascade: Cascade, folders: Folders, dtype: torch.dtype) 
         unet=repository.model(UNet3DConditionModel, "unet"),
         scheduler=repository.scheduler("scheduler"),
     )
+
+
+def fingerprint(stages: Iterable[Stage]) -> str:
+    """Return a few letters that differ where the weights differ, from a sample of each tensor."""
+    digest = hashlib.sha256()
+    for stage in stages:
+        for name, component in sorted(stage.components.items()):
+            if isinstance(component, torch.nn.Module):
+                for key, tensor in component.state_dict().items():
+                    flat = tensor.detach().flatten()
+                    sample = flat[:: max(len(flat) // 64, 1)].double().cpu()
+                    digest.update(f"{name} {key} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _opens(file: Path) -> bool:

@@ -102,6 +102,7 @@ class Show1Pipeline:
         self.interpolation = interpolation
         self.pixel_upscale = pixel_upscale
         self.latent_upscale = latent_upscale
+        self.weights: str | None = None  # a fingerprint, where `from_cascade` has loaded them
         self._check_sizes()
 
     @classmethod
@@ -137,9 +138,17 @@ class Show1Pipeline:
             loading.load_pixel_upscale(cascade, folders, dtype),
             loading.load_latent_upscale(cascade, folders, dtype),
         )
-        for stage in (pipeline.keyframes, pipeline.interpolation, pipeline.pixel_upscale, pipeline.latent_upscale):
+        stages = (pipeline.keyframes, pipeline.interpolation, pipeline.pixel_upscale, pipeline.latent_upscale)
+        pipeline.weights = loading.fingerprint(stages)
+        for stage in stages:
             stage.to(device)
         return pipeline
+
+    def with_cascade(self, cascade: Cascade) -> "Show1Pipeline":
+        """Return a pipeline of the same models with other settings, such as steps."""
+        other = Show1Pipeline(cascade, self.keyframes, self.interpolation, self.pixel_upscale, self.latent_upscale)
+        other.weights = self.weights
+        return other
 
     def __call__(self, prompt: str, *, seed: int | None = None, path: str | Path | None = None) -> Video:
         """Make a video and, where `path` is given, write it there as MP4; see `stream` for the rest."""
@@ -251,10 +260,10 @@ class Show1Pipeline:
             "video": upscaled,
         }
         frames = video.to_uint8(upscaled)
-        settings = self._settings(prompt, seed) | {"seconds": round(time.monotonic() - started, 1)}
+        settings = self.settings(prompt, seed) | {"seconds": round(time.monotonic() - started, 1)}
         if path is not None:
             # The seconds stay out of the file: the same video is the same bytes.
-            video.write(path, frames, cascade.fps, self._settings(prompt, seed))
+            video.write(path, frames, cascade.fps, self.settings(prompt, seed))
         yield Video(frames, settings, {name: tensor.cpu() for name, tensor in tensors.items()})
 
     def _notices(self, prompt: str) -> Iterator[Notice]:
@@ -279,7 +288,8 @@ class Show1Pipeline:
             clip = self.latent_upscale.decode(clip[:, :, middle : middle + 1])
         return video.to_uint8(clip)
 
-    def _settings(self, prompt: str, seed: int) -> dict[str, Any]:
+    def settings(self, prompt: str, seed: int) -> dict[str, Any]:
+        """Return all that decides which frames come out, as JSON can hold it."""
         unet = self.keyframes.unet
         return {
             "prompt": prompt,
@@ -287,13 +297,8 @@ class Show1Pipeline:
             "cascade": self.cascade.settings(),
             "device": unet.device.type,
             "dtype": str(unet.dtype).removeprefix("torch."),
-            "versions": {
-                "show-1": show_1.__version__,
-                "torch": torch.__version__,
-                "diffusers": diffusers.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            "weights": self.weights,
+            "versions": versions(),
         }
 
     def _check_sizes(self) -> None:
@@ -324,6 +329,17 @@ def check_request(prompt: str, seed: int | None, path: str | Path | None) -> Non
         raise Show1Error(f"The seed cannot be {seed!r}.", f"Give a whole number from 0 to {MAX_SEED}.")
     if path is not None:
         video.check_writable(path)
+
+
+def versions() -> dict[str, str]:
+    """Return what runs here, of all that frames may depend on."""
+    return {
+        "show-1": show_1.__version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def draw_seed() -> int:

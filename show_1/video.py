@@ -116,6 +116,30 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return metadata
 
 
+def read_frames(path: str | Path) -> np.ndarray:
+    """Return a video's frames, (frames, height, width, 3) uint8; raises Show1Error if it is damaged or no MP4."""
+    reader = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb24")
+    try:
+        width, height = next(reader)["size"]
+        return np.stack([np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader])
+    except (OSError, RuntimeError, ValueError, StopIteration):
+        raise Show1Error(f"{path} is damaged, or is no MP4 video.", "Choose a video that Show-1 made.") from None
+
+
+def write_gif(path: str | Path, source: str | Path) -> None:
+    """Write a video file as a GIF that loops; `path` appears only when it is complete."""
+    path = Path(path)
+    with _writing(path), tempfile.TemporaryDirectory(prefix=f".{PROGRAM}-", dir=path.parent) as scratch:
+        gif = Path(scratch, "video.gif").absolute()
+        ended = _run_ffmpeg(
+            *("-f", "mp4", "-i", f"file:{Path(source).absolute()}"),
+            *("-vf", "split[a][b];[a]palettegen[palette];[b][palette]paletteuse", "-loop", "0", f"file:{gif}"),
+        )
+        if ended.returncode:
+            raise Show1Error(f"ffmpeg could not make {path.name}: {ended.stderr.decode(errors='replace')}.", REINSTALL)
+        os.replace(gif, path)
+
+
 def check_writable(path: str | Path) -> None:
     """Raise Show1Error if `write` to this path would fail: to be asked before the hours that making a video takes."""
     path = Path(path)

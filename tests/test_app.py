@@ -1,5 +1,6 @@
 """The page, as people use it: the real server in a process of its own, a real browser, and no network but this one."""
 
+import asyncio
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from urllib.request import Request, urlopen
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 from show_1 import video
 
@@ -40,7 +41,7 @@ CHROMIUM_FLAGS = [
         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     ),
 ]
-PATIENCE = 120  # seconds; a guard against hanging, far from what is normal
+PATIENCE = 300  # seconds; a guard against hanging, far from what is normal
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: install Debian's package of this name")
 
@@ -53,26 +54,27 @@ class Server:
     log: Path
 
     def videos(self) -> set[Path]:
-        return set(self.outputs.iterdir())
+        return set(self.outputs.glob("*.mp4"))
 
 
 @contextmanager
-def serve(cascade: str | Path, folder: Path) -> Iterator[Server]:
-    """Start the app, wait until it answers, stop it at the end."""
+def serve(cascade: str | Path, folder: Path, *flags: str) -> Iterator[Server]:
+    """Start the app, wait until it answers, stop it at the end; the same folder again is a restart."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     # The worst place for Gradio's video component: an ffmpeg that is of no use, and no ffprobe beside it.
     programs = folder / "programs"
-    programs.mkdir()
+    programs.mkdir(exist_ok=True)
     (programs / "ffmpeg").write_text("#!/bin/sh\nexit 1\n")
     (programs / "ffmpeg").chmod(0o755)
     outputs, log = folder / "outputs", folder / "log.txt"
-    command = [sys.executable, APP, "--cascade", cascade, "--device", "cpu", "--port", str(port)]
-    with log.open("w") as file:
+    command = [sys.executable, APP, "--cascade", cascade, "--device", "cpu", "--port", str(port), *flags]
+    with log.open("a") as file:
         process = subprocess.Popen(
             [*command, "--output-dir", outputs],
             cwd=folder,
-            env=os.environ | {"PATH": str(programs)},
+            # One thread: the tiny cascade's steps are too small to share, and wait for each other on a busy computer.
+            env=os.environ | {"PATH": str(programs), "OMP_NUM_THREADS": "1"},
             stdout=file,
             stderr=subprocess.STDOUT,
         )
@@ -118,11 +120,14 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-def visit(browser: Browser, server: Server, **settings) -> Page:
+def visit(browser: Browser | BrowserContext, server: Server, path: str = "", **settings) -> Page:
+    """Open the page: of a browser as a new visitor, of a context as the same one in another tab."""
     page = browser.new_page(**settings)
     page.set_default_timeout(PATIENCE * 1000)
-    page.goto(server.url)
-    expect(status(page)).to_have_text("Ready", timeout=PATIENCE * 1000)
+    page.goto(server.url + path)
+    expect(status(page)).to_have_text(re.compile("."), timeout=PATIENCE * 1000)
+    if not path:
+        expect(status(page)).to_have_text("Ready", timeout=PATIENCE * 1000)
     return page
 
 
@@ -130,7 +135,13 @@ def status(page: Page):
     return page.locator("#status [role=status]")
 
 
-def ask(page: Page, prompt: str, seed: str = "") -> None:
+def ask(page: Page, prompt: str, seed: str = "", steps: str = "") -> None:
+    """Ask for a video; `steps` are those of the keyframes, to make it last."""
+    box = page.get_by_label("Keyframes: steps")
+    if steps and not box.is_visible():
+        page.get_by_role("button", name="Advanced").click()
+    if box.is_visible():
+        box.fill(steps)
     page.get_by_label("Seed", exact=True).fill(seed)
     page.get_by_label("Prompt", exact=True).fill(prompt)
     page.get_by_label("Prompt", exact=True).press("Enter")
@@ -138,6 +149,33 @@ def ask(page: Page, prompt: str, seed: str = "") -> None:
 
 def wait_for(page: Page, text: str) -> None:
     expect(status(page)).to_contain_text(re.compile(text), timeout=PATIENCE * 1000)
+
+
+def step_of(page: Page, stage: int = 1) -> int:
+    return int(page.locator("#progress li .steps").nth(stage).inner_text().split("/")[0])
+
+
+def wait_for_step(page: Page, step: int) -> None:
+    page.wait_for_function(
+        "step => parseInt(document.querySelectorAll('#progress li .steps')[1]?.innerText) >= step", arg=step
+    )
+
+
+def press(page: Page, name: str) -> None:
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def job_in(page: Page) -> str:
+    page.wait_for_url("**/?job=*")
+    return page.url.partition("?job=")[2]
+
+
+def asking(page: Page, *arguments: str, **settings: str) -> str:
+    """Ask, and return the new job's id."""
+    before = page.url
+    ask(page, *arguments, **settings)
+    page.wait_for_function("before => location.href !== before", arg=before)
+    return job_in(page)
 
 
 @needs_chromium
@@ -153,17 +191,22 @@ def test_a_prompt_becomes_a_video_that_plays(main_app, browser):
         const note = () => said.push(status.querySelector("[role=status]")?.innerText);
         new MutationObserver(note).observe(status, {subtree: true, childList: true, characterData: true});
     }""")
-    ask(page, "a panda jumping in the snow")
+    ask(page, "a panda jumping in the snow", steps="40")
+    # While it runs: percent and time left, a preview that moves on, and the clips of the stages that are done.
+    wait_for(page, "Stage 1 of 5: keyframes")
+    page.wait_for_function("() => /About .* left/.test(document.querySelector('#progress').innerText)")
+    first = page.locator("#preview img").get_attribute("src")
+    page.wait_for_function("src => document.querySelector('#preview img')?.src !== src", arg=first)
+    assert re.match(r"\d+ % · Show-1|✓ Done", page.title())
     wait_for(page, r"Done in [\d.]+ seconds")
+    assert page.title().startswith("✓ Done")
+    assert page.locator("#clips figcaption").all_inner_texts() == STAGES[:-1]
+    for clip in page.locator("#clips video").all():
+        assert clip.evaluate("video => new Promise(done => video.readyState ? done(true) : video.onloadeddata = done)")
 
     # What went by too fast to be drawn may be missing; the order may not be wrong.
-    said = [text for text in page.evaluate("said") if text]
-    assert said[0] == "In the queue"
-    steps = [re.fullmatch(r"Stage (\d) of 5, ([a-z ]+): step (\d+) of \d+.*", text) for text in said]
-    steps = [(int(step[1]), step[2], int(step[3])) for step in steps if step]
-    assert steps == sorted(steps, key=lambda step: (step[0], step[2]))
-    assert len({number for number, *_ in steps}) >= 3
-    assert all(STAGES[number - 1] == name for number, name, _ in steps)
+    numbers = [int(step[1]) for text in page.evaluate("said") if (step := re.match(r"Stage (\d) of 5", text or ""))]
+    assert numbers and numbers == sorted(numbers)
 
     # The video starts by itself, and moves.
     player = page.locator("#video video")
@@ -173,28 +216,135 @@ def test_a_prompt_becomes_a_video_that_plays(main_app, browser):
     assert player.evaluate("video => video.currentSrc").startswith(main_app.url)
     assert 29 / 8 - 0.01 < player.evaluate("video => video.duration") < 29 / 8 + 0.01
 
-    # It is the file in the output folder, with the seed that the page tells.
+    # It is the file in the output folder, which can be taken away in two forms.
     (file,) = main_app.videos()
     assert file.name.startswith("a-panda-jumping-in-the-snow-")
     settings = video.read_metadata(file)
     assert settings["prompt"] == "a panda jumping in the snow"
-    assert page.locator("#used-seed").get_by_role("textbox").input_value() == str(settings["seed"])
+    assert settings["cascade"]["keyframes"]["steps"] == 40
+    for name, beginning in (("Download MP4", file.read_bytes()), ("Download GIF", b"GIF8")):
+        with page.expect_download() as download:
+            page.get_by_role("button", name=name).or_(page.get_by_role("link", name=name)).first.click()
+        assert Path(download.value.path()).read_bytes().startswith(beginning)
+    press(page, "Reuse")
+    expect(page.get_by_label("Seed", exact=True)).to_have_value(str(settings["seed"]))
     assert {urlparse(url).hostname for url in asked_for} <= {"127.0.0.1", None}  # None: what is inside the page itself
     page.close()
 
 
 @needs_chromium
-def test_the_same_seed_gives_the_same_file(app, browser):
+def test_a_job_outlives_its_page(app, browser):
+    mine, yours = browser.new_context(), browser.new_context()
+    page = visit(mine, app)
+    job = asking(page, "a cat", steps="900")
+    wait_for_step(page, 2)
+    page.reload()
+    wait_for(page, "Stage 1 of 5")
+    page.close()
+
+    # In a new tab it is found without its id, in another browser with it; there it can be watched and no more.
+    page = visit(mine, app, "/?")
+    assert job_in(page) == job
+    other = visit(yours, app, f"/?job={job}")
+    wait_for_step(other, step_of(page))
+    expect(page.get_by_role("button", name="Cancel", exact=True)).to_be_visible()
+    expect(other.get_by_role("button", name="Cancel", exact=True)).to_be_hidden()
+    expect(other.locator("#gallery")).to_contain_text("None yet")
+    press(page, "Cancel")
+    wait_for(page, "Cancelled")
+    wait_for(other, "Cancelled")
+    expect(visit(yours, app, "/?job=nosuchjob").locator("#status")).to_contain_text("There is no such job here")
+    mine.close(), yours.close()
+
+
+@needs_chromium
+def test_stop_here_keeps_the_clip(app, browser):
     page = visit(browser, app)
-    before, files = app.videos(), []
-    for _ in range(2):
-        ask(page, "a cat", seed="7")
-        wait_for(page, "In the queue|Stage")
+    before = app.videos()
+    page.get_by_role("button", name="Advanced").click()
+    page.get_by_label("Interpolation: steps").fill("900")
+    ask(page, "a cat")
+    wait_for(page, "Stage 2 of 5")
+    press(page, "Stop here")
+    wait_for(page, "Stopped after the keyframes")
+    page.wait_for_function("() => document.querySelector('#video video')?.currentTime > 0.2")
+    (file,) = app.videos() - before
+    assert video.read_metadata(file)["stopped_after"] == "keyframes"
+    press(page, "Again with another seed")
+    wait_for(page, "Stage 2 of 5")
+    press(page, "Cancel")
+    wait_for(page, "Cancelled")
+    page.close()
+
+
+@needs_chromium
+def test_two_visitors_take_turns_and_see_their_own_until_the_queue_is_full(tiny_cascade, tmp_path, browser):
+    with serve(tiny_cascade, tmp_path, "--queue-size", "3") as server:
+        first, second = visit(browser, server), visit(browser, server)
+        running = asking(first, "a cat", steps="900")
+        wait_for(first, "Stage 1 of 5")
+        asking(first, "a cat again")
+        last = asking(first, "a last cat")
+        wait_for(first, "In the queue: number 3")
+        asking(second, "a dog")
+        wait_for(second, "In the queue: number 2")  # before the first visitor's second
+        wait_for(first, "In the queue: number 4")
+        ask(second, "one dog too many")
+        toast = second.get_by_test_id("toast-body").filter(has_text="The queue is full: 3 videos are waiting.")
+        expect(toast).to_contain_text("Try again in")
+        first.goto(f"{server.url}/?job={running}")
+        press(first, "Cancel")
+        wait_for(second, "Done")
+        first.goto(f"{server.url}/?job={last}")
+        wait_for(first, "Done")
+        expect(first.locator("#gallery li")).to_have_count(2)
+        expect(second.locator("#gallery li")).to_have_count(1)
+        assert "dog" not in first.locator("#gallery").inner_text()
+        server.process.kill()
+        server.process.wait()
+
+    # After a restart they are all still there.
+    context = first.context
+    with serve(tiny_cascade, tmp_path) as server:
+        storage = first.evaluate("() => JSON.stringify(localStorage)")
+        context.add_init_script(f"if (!localStorage.length) Object.assign(localStorage, {storage})")
+        page = visit(context, server)
+        expect(page.locator("#gallery li")).to_have_count(2)
+        page.locator("#gallery a").filter(has_text="a last cat").click()
         wait_for(page, "Done")
-        (file,) = app.videos() - before - set(files)
-        files.append(file)
-    assert page.locator("#used-seed").get_by_role("textbox").input_value() == "7"
-    assert files[0].read_bytes() == files[1].read_bytes()
+        page.wait_for_function("() => document.querySelector('#video video')?.readyState >= 2")
+        assert "Traceback" not in server.log.read_text()
+    first.close(), second.close()
+
+
+@needs_chromium
+def test_a_dropped_video_brings_its_settings_back(app, browser, tmp_path):
+    page = visit(browser, app)
+    page.get_by_role("button", name="Settings from a video").click()
+    made = Client(app.url, verbose=False, download_files=tmp_path).predict(
+        "a dog", seed="42", settings={"keyframes": {"steps": 2}}, api_name="/show-1"
+    )[0]
+    page.locator("#drop input[type=file]").set_input_files(made)
+    expect(page.locator("#told")).to_contain_text("the same frames can be expected here")
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a dog")
+    expect(page.get_by_label("Seed", exact=True)).to_have_value("42")
+    press(page, "Advanced")
+    expect(page.get_by_label("Keyframes: steps")).to_have_value("2")
+
+    frames = video.read_frames(made)
+    settings = video.read_metadata(made)
+    other, alien, damaged = (tmp_path / f"{name}.mp4" for name in ("other", "alien", "damaged"))
+    settings["cascade"]["name"], settings["versions"]["torch"] = "Elsewhere", "1.0"
+    video.write(other, frames, 8, settings)
+    video.write(alien, frames, 8, {"prompt": "a cat"})
+    damaged.write_bytes(b"no video")
+    page.get_by_role("button", name="Clear").click()
+    page.locator("#drop input[type=file]").set_input_files(other)
+    expect(page.locator("#told")).to_contain_text("it was made by the cascade Elsewhere, here runs Tiny; torch is ")
+    for file, problem in ((alien, "lack seed"), (damaged, "is damaged, or is no MP4 video")):
+        page.get_by_role("button", name="Clear").click()
+        page.locator("#drop input[type=file]").set_input_files(file)
+        expect(page.get_by_test_id("toast-body").filter(has_text=problem)).to_be_visible()
     page.close()
 
 
@@ -203,24 +353,31 @@ def test_bad_input_is_told_in_the_page_and_the_next_run_works(app, browser):
     page = visit(browser, app)
     before = app.videos()
     harm = "<img src=x onerror='window.harmed = true'>"
-    for prompt, seed, problem in (
-        ("  ", "", "The prompt is empty."),
-        ("a cat", "-1", "The seed cannot be -1."),
-        ("a cat", "1.5", "The seed cannot be '1.5'."),
-        ("a cat", harm, f'The seed cannot be "{harm}".'),
+    for prompt, seed, steps, problem in (
+        ("  ", "", "", "The prompt is empty."),
+        ("a" * 10_001, "", "", "The prompt is 10,001 characters long."),
+        ("a cat", "-1", "", "The seed cannot be -1."),
+        ("a cat", "1.5", "", "The seed cannot be '1.5'."),
+        ("a cat", harm, "", f'The seed cannot be "{harm}".'),
+        ("a cat", "", "0", "steps cannot be 0. Give steps a whole number from 1 to 1000"),
+        ("a cat", "", "ten", 'steps cannot be "ten".'),
     ):
-        ask(page, prompt, seed)
+        ask(page, prompt, seed, steps)
         toast = page.get_by_test_id("toast-body").filter(has_text=problem)
         expect(toast).to_be_visible(timeout=PATIENCE * 1000)
-        wait_for(page, "No video was made")
     assert app.videos() == before
 
     # A prompt so long that its end is cut off, and told: what looks like HTML in it is words.
     ask(page, "word " * 80 + harm)
     wait_for(page, "Done")
-    expect(page.locator("#status p").first).to_contain_text("img src")
+    expect(page.locator("#status p:not(.prompt)")).to_contain_text("img src")
+    # And in the gallery and the settings.
+    ask(page, harm + "\u0642\u0637\u0629 🐼")
+    page.wait_for_function("() => document.querySelectorAll('#gallery li').length === 2")
+    expect(page.locator("#status .prompt")).to_contain_text("<img src=x")
+    expect(page.locator("#gallery li").first).to_contain_text("<img src=x")
     assert page.evaluate("window.harmed") is None
-    assert len(app.videos() - before) == 1
+    assert len(app.videos() - before) == 2
     assert "Traceback" not in page.content()
     page.close()
 
@@ -232,19 +389,38 @@ def test_the_page_fits_a_phone(app, browser, colors):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     for control in (page.get_by_label("Prompt", exact=True), page.get_by_role("button", name="Make the video")):
         assert control.bounding_box()["width"] >= 300
+    ask(page, "a cat")
+    wait_for(page, "Done")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert not page.evaluate("""() => [...document.querySelectorAll('button, a, input, textarea, progress, video, img')]
+        .filter(each => each.checkVisibility() && !each.innerText && !each.labels?.length && !each.title
+            && !each.ariaLabel && !each.alt && each.ariaHidden !== 'true').map(each => each.outerHTML.slice(0, 120))""")
     page.close()
 
 
 def test_the_gradio_client(app, tmp_path):
     client = Client(app.url, verbose=False, download_files=tmp_path)
-    file, seed, told = client.predict("a cat", api_name="/show-1")
-    assert video.read_metadata(file)["seed"] == int(seed)
+    file, seed, settings, told = client.predict("a cat", api_name="/show-1")
+    assert video.read_metadata(file)["seed"] == int(seed) == settings["seed"]
     assert re.fullmatch(r"Done in [\d.]+ seconds", told["text"]) and told["share"] == 1
-    again, same_seed, _ = client.predict("a cat", seed=int(seed), api_name="/show-1")
+    again, same_seed, *_ = client.predict("a cat", seed=int(seed), api_name="/show-1")
     assert same_seed == seed
     assert Path(again).read_bytes() == Path(file).read_bytes()
-    with pytest.raises(AppError, match=r'The prompt is empty\. Say what .*"'):
-        client.predict("", api_name="/show-1")
+    for prompt, settings, words in (
+        ("", None, r'The prompt is empty\. Say what .*"'),
+        ("a cat", {"keyframes": {"steps": 0}}, "steps cannot be 0"),
+        ("a cat", {"keyframes": {"steps": 10_000}}, "steps cannot be 10000"),
+        ("a cat", [1], "no table of stages"),
+    ):
+        with pytest.raises(AppError, match=words):
+            client.predict(prompt, settings=settings, api_name="/show-1")
+
+    # Who cancels makes room.
+    running = client.submit("a cat", settings={"keyframes": {"steps": 900}}, api_name="/show-1")
+    while not running.outputs():
+        time.sleep(0.1)
+    running.cancel()
+    assert client.submit("a dog", api_name="/show-1").result(PATIENCE)[3]["share"] == 1
 
 
 def test_plain_http(app):
@@ -258,38 +434,62 @@ def test_plain_http(app):
     events = re.findall(r"event: (\w+)\ndata: (.*)\n", stream)
     kind, data = events[-1]
     assert kind == "complete"
-    file, seed, told = json.loads(data)
-    assert seed == "7" and told["text"].startswith("Done")
+    file, seed, settings, told = json.loads(data)
+    assert seed == "7" and settings["seed"] == 7 and told["text"].startswith("Done")
     assert urlopen(file["url"]).read() == (app.outputs / file["orig_name"]).read_bytes()
 
-    # All that happened is told, in order.
-    told = [json.loads(data)[2] for kind, data in events if kind == "generating"]
-    stages = [step[1] for each in told if (step := re.match(r"Stage \d of 5, ([a-z ]+):", each["text"]))]
-    assert list(dict.fromkeys(stages)) == STAGES
+    # What happened is told, in order.
+    told = [json.loads(data)[3] for kind, data in events if kind == "generating"]
     shares = [each["share"] for each in told]
     assert shares == sorted(shares) and shares[-1] == 1
+    stages = [step[1] for each in told if (step := re.match(r"Stage \d of 5: ([a-z ]+), step", each["text"]))]
+    assert stages == sorted(stages, key=STAGES.index)
+
+
+def test_a_tool_for_assistants(tiny_cascade, tmp_path):
+    mcp = pytest.importorskip("mcp")
+    from mcp.client.streamable_http import streamablehttp_client
+
+    async def use(url: str):
+        told = []
+
+        async def note(progress, total, message):
+            told.append(message)
+
+        async with (
+            streamablehttp_client(f"{url}/gradio_api/mcp/") as (read, write, _),
+            mcp.ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            tools = (await session.list_tools()).tools
+            result = await session.call_tool(tools[0].name, {"prompt": "a cat", "seed": "7"}, progress_callback=note)
+            return tools, result, told
+
+    with serve(tiny_cascade, tmp_path, "--mcp") as server:
+        (tool,), result, told = asyncio.run(use(server.url))
+        assert "video" in tool.description and tool.inputSchema["required"] == ["prompt"]
+        assert any("Stage" in message for message in told if message), told
+        assert not result.isError
+        url = re.search(r"http://127\S+\.mp4", " ".join(part.text for part in result.content))[0]
+        (file,) = server.videos()
+        assert urlopen(url).read() == file.read_bytes()
 
 
 @needs_chromium
-def test_the_work_ends_with_its_page_and_all_of_it_with_ctrl_c(tiny_cascade, tmp_path, browser):
-    slow = tiny_cascade.with_name("slow.toml")
-    slow.write_text(tiny_cascade.read_text().replace("steps = 3", "steps = 900"))
-    with serve(slow, tmp_path) as server:
-        first, second = visit(browser, server), visit(browser, server)
-        ask(first, "a cat")
-        wait_for(first, "step [1-9]")
-        ask(second, "a dog")
-        wait_for(second, "In the queue")
-        first.close()
-        wait_for(second, "step [1-9]")  # only one video is made at a time: the first is no longer
+def test_one_ctrl_c_ends_all_and_the_page_comes_back_with_the_server(tiny_cascade, tmp_path, browser):
+    with serve(tiny_cascade, tmp_path) as server:
+        page = visit(browser, server)
+        asking(page, "a cat", steps="900")
+        wait_for_step(page, 1)
         started = time.monotonic()
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(60) == 0
         assert time.monotonic() - started < 20
-        second.close()
+        page.close()
         said = server.log.read_text()
         assert "Traceback" not in said and "terminate called" not in said
         assert server.videos() == set()
+        assert not list(server.outputs.rglob(".*"))
 
 
 def test_bad_flags_are_told_in_two_sentences(tiny_cascade, tmp_path):
@@ -301,6 +501,8 @@ def test_bad_flags_are_told_in_two_sentences(tiny_cascade, tmp_path):
             port: ["--port", port],
             "no.such.host": ["--server-name", "no.such.host"],
             "file/outputs": ["--output-dir", "file/outputs"],
+            "--auth": ["--auth", "me"],
+            "queue size": ["--queue-size", "0"],
         }
         (tmp_path / "file").touch()
         # All at once, as each takes seconds to start.
@@ -315,4 +517,4 @@ def test_bad_flags_are_told_in_two_sentences(tiny_cascade, tmp_path):
             assert "Traceback" not in said
             problem, remedy = said.strip().splitlines()[-2:]
             assert word in problem, said
-            assert remedy.endswith((".", "?")), said
+            assert remedy.endswith((".", "?", "PASSWORD")), said

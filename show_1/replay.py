@@ -1,0 +1,169 @@
+"""Make a video of ours again from the settings inside it, and say whether the same frames came out."""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from show_1 import video
+from show_1.cascade import Cascade
+from show_1.errors import Show1Error
+from show_1.jobs import clip_frames
+from show_1.pipeline import Clip, Show1Pipeline, StepDone, Video, check_device, check_request, versions
+
+
+def read(file: str | Path) -> dict[str, Any]:
+    """Return the settings inside a video; raise Show1Error if it holds none, or not all that `replay` needs."""
+    settings = video.read_metadata(file)
+    kinds = {"prompt": str, "seed": int, "cascade": dict, "device": str, "dtype": str, "versions": dict}
+    for key, kind in kinds.items():
+        if not isinstance(settings.get(key), kind):
+            raise Show1Error(f"The settings in {Path(file).name} lack {key}.", "Choose a video that Show-1 made.")
+    return settings
+
+
+def here(cascade: Cascade, device: torch.device, pipeline: Show1Pipeline | None) -> dict[str, Any]:
+    """Return what a video made here would tell; without the pipeline, not which weights."""
+    dtype = pipeline.keyframes.unet.dtype if pipeline else torch.float16 if device.type == "cuda" else torch.float32
+    return {
+        "cascade": cascade.settings(),
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "weights": pipeline.weights if pipeline else None,
+        "versions": versions(),
+    }
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any], cascade: Cascade) -> list[str]:
+    """Return what may make other frames here, in words; `cascade` is ours with the video's settings, where they fit."""
+    found = []
+    there, mine = theirs["cascade"], cascade.settings()
+    if there.get("name") != mine["name"]:
+        found.append(f"it was made by the cascade {_shown(there.get('name'))}, here runs {_shown(mine['name'])}")
+    for table in mine:
+        if table == "name":
+            continue
+        if not isinstance(mine[table], dict):
+            if there.get(table) != mine[table]:
+                found.append(f"{table} is {_shown(mine[table])} here, not {_shown(there.get(table))}")
+            continue
+        values = there.get(table) if isinstance(there.get(table), dict) else {}
+        for key in mine[table] | values:
+            if mine[table].get(key) != values.get(key):
+                found.append(f"{table}.{key} is {_shown(mine[table].get(key))} here, not {_shown(values.get(key))}")
+    for key in ("device", "dtype"):
+        if theirs[key] != ours[key]:
+            found.append(f"the {key} is {ours[key]} here, not {_shown(theirs[key])}")
+    # The fingerprint is one of the weights in their dtype.
+    if theirs["dtype"] == ours["dtype"] and ours["weights"] and theirs.get("weights") not in (None, ours["weights"]):
+        found.append("the weights are others")
+    for name, version in ours["versions"].items():
+        if theirs["versions"].get(name) != version:
+            found.append(f"{name} is {version} here, not {_shown(theirs['versions'].get(name))}")
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command `python -m show_1 replay`; returns 0 for the same frames, 1 for others."""
+    parser = argparse.ArgumentParser(prog="python -m show_1 replay", description=__doc__)
+    parser.add_argument("file", metavar="FILE.mp4", type=Path, help="a video that Show-1 made")
+    parser.add_argument(
+        "--cascade", metavar="NAME|FILE", help="where its models are; default: the bundled one it names"
+    )
+    parser.add_argument("--device", help="default: the one it was made on, where it is here")
+    parser.add_argument("--out", metavar="FILE.mp4", type=Path, help="keep the new video there")
+    arguments = parser.parse_args(argv)
+    try:
+        return _replay(arguments)
+    except Show1Error as error:
+        print(f"{error.problem}\n{error.remedy}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Cancelled.", file=sys.stderr)
+        return 130
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    settings = read(arguments.file)
+    check_request(settings["prompt"], settings["seed"], arguments.out)
+    before = video.read_frames(arguments.file)
+    local = _local(settings, arguments.cascade, arguments.file)
+    cascade = Cascade.from_settings(settings["cascade"] | {"name": local.name}, local.file)
+    device = _device(settings, arguments.device)
+    dtype = getattr(torch, settings["dtype"], None)
+    print(f"{cascade.name} on {device.type}: loading", file=sys.stderr)
+    pipeline = Show1Pipeline.from_cascade(cascade, device, dtype if isinstance(dtype, torch.dtype) else None)
+
+    frames, fps = _frames(pipeline, settings)
+    told = pipeline.settings(settings["prompt"], settings["seed"])
+    if "stopped_after" in settings:
+        told["stopped_after"] = settings["stopped_after"]
+    if arguments.out:
+        video.write(arguments.out, frames, fps, told)
+    with tempfile.TemporaryDirectory() as folder:  # H.264 changes frames a little: compare what came through it
+        video.write(Path(folder, "video.mp4"), frames, fps, {})
+        after = video.read_frames(Path(folder, "video.mp4"))
+    if before.shape == after.shape and np.array_equal(before, after):
+        print("The same frames.")
+        return 0
+    if before.shape != after.shape:
+        print(f"Other frames: {_size(after)} instead of {_size(before)}.")
+    else:
+        apart = np.abs(before.astype(int) - after)
+        count = int(apart.any(axis=(1, 2, 3)).sum())
+        print(f"{count} of {len(after)} frames differ, by up to {apart.max()} of 255, {apart.mean():.2f} on average.")
+    for difference in differences(settings, here(cascade, device, pipeline), cascade):
+        print(f"- {difference}")
+    return 1
+
+
+def _frames(pipeline: Show1Pipeline, settings: dict[str, Any]) -> tuple[np.ndarray, int]:
+    """Make the video, or the clip that it was stopped at."""
+    bar = tqdm(unit="step")
+    for event in pipeline.stream(settings["prompt"], seed=settings["seed"]):
+        match event:
+            case StepDone():
+                bar.update()
+            case Clip(stage) if stage == settings.get("stopped_after"):
+                bar.close()
+                return clip_frames(event, pipeline.cascade)
+            case Video(frames):
+                bar.close()
+                return frames, pipeline.cascade.fps
+
+
+def _local(settings: dict[str, Any], wanted: str | None, file: Path) -> Cascade:
+    """Return the cascade here whose models made the video."""
+    if wanted:
+        return Cascade.load(wanted)
+    for name in Cascade.names():
+        if (cascade := Cascade.load(name)).name == settings["cascade"].get("name"):
+            return cascade
+    raise Show1Error(
+        f"{file.name} was made by the cascade {_shown(settings['cascade'].get('name'))}, which is not bundled.",
+        "Name its TOML file with --cascade.",
+    )
+
+
+def _device(settings: dict[str, Any], wanted: str | None) -> torch.device:
+    if wanted:
+        return check_device(wanted)
+    try:
+        return check_device(settings["device"])
+    except Show1Error:
+        return check_device(None)
+
+
+def _size(frames: np.ndarray) -> str:
+    return f"{frames.shape[0]} of {frames.shape[2]} by {frames.shape[1]}"
+
+
+def _shown(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 60 else text[:59] + "…"

@@ -1,0 +1,288 @@
+"""Jobs on the tiny cascade, in the server's own thread, without a page."""
+
+import json
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from show_1 import Cascade, Show1Error, video
+from show_1.jobs import CANCELLED, DONE, FAILED, STOPPED, Jobs, duration, enlarge
+from show_1.pipeline import Show1Pipeline
+from show_1.timing import RELATIVE, STAGES, Calibration, Cost, Forecast, stage_steps
+
+PATIENCE = 300
+CPU = torch.device("cpu")
+LONG = {"keyframes": {"steps": 900}}
+
+
+@contextmanager
+def jobs_in(folder, tiny_cascade, limit=12):
+    jobs = Jobs(Cascade.load(tiny_cascade), CPU, folder, limit)
+    jobs.start()
+    try:
+        yield jobs
+    finally:
+        jobs.close(PATIENCE)
+
+
+@pytest.fixture
+def jobs(tiny_cascade, tmp_path):
+    with jobs_in(tmp_path, tiny_cascade) as jobs:
+        yield jobs
+
+
+def until(condition, what=""):
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.005)
+
+
+def test_a_job_leaves_a_video_clips_a_gif_and_a_record(jobs, tmp_path):
+    job = jobs.submit("me", "a cat", 7, {"keyframes": {"steps": 2}})
+    until(lambda: job.ended)
+    assert (job.state, job.fault) == (DONE, "")
+    settings = video.read_metadata(jobs.result(job))
+    assert (settings["prompt"], settings["seed"], settings["cascade"]["keyframes"]["steps"]) == ("a cat", 7, 2)
+    assert job.settings == {key: value for key, value in settings.items() if key != "program"}
+    assert list(job.clips) == list(STAGES[:-1])
+    for stage, frames in (("keyframes", 8), ("interpolation", 29), ("pixel_upscale", 29)):
+        file = jobs.place(job) / job.clips[stage]
+        assert len(video.read_frames(file)) == frames
+        assert video.read_metadata(file)["stopped_after"] == stage
+    until((jobs.place(job) / "video.gif").is_file)
+    assert (jobs.place(job) / "video.gif").read_bytes().startswith(b"GIF8")
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_finished_job_is_still_there_after_a_restart_and_an_unfinished_one_says_so(tiny_cascade, tmp_path):
+    with jobs_in(tmp_path, tiny_cascade) as before:
+        done = before.submit("me", "a cat")
+        until(lambda: done.ended)
+        running = before.submit("me", "a dog", None, LONG)
+        until(lambda: running.step)
+    (tmp_path / "jobs" / "damaged").mkdir()
+    (tmp_path / "jobs" / "damaged" / "job.json").write_text('{"id": "dam')
+    after = Jobs(Cascade.load(tiny_cascade), CPU, tmp_path, 12)
+    assert [job.id for job in after.of("me")] == [running.id, done.id]
+    assert after.get(done.id).settings == done.settings and after.result(after.get(done.id)).is_file()
+    assert after.get(running.id).state == FAILED and "stopped" in after.get(running.id).fault
+    assert after.calibration.costs(after.cascade).keys() == set(STAGES)
+    # The secret that makes a visitor is nowhere on the disk.
+    assert not any('"me"' in file.read_text() for file in tmp_path.rglob("*.json"))
+
+
+def test_cancel_ends_it_within_a_step_and_the_next_one_runs(jobs):
+    first, second = jobs.submit("me", "a cat", None, LONG), jobs.submit("you", "a dog")
+    third = jobs.submit("you", "a fox")
+    until(lambda: first.step > 2)
+    step_seconds = first.forecast.timed / first.forecast.timed_steps
+    with pytest.raises(Show1Error, match="somebody else's"):
+        jobs.cancel("you", first)
+    jobs.cancel("you", third)
+    assert third.state == CANCELLED  # at once, as it only waited
+    started, step = time.monotonic(), first.step
+    jobs.cancel("me", first)
+    until(lambda: second.step)
+    assert first.state == CANCELLED and first.step <= step + 1
+    assert time.monotonic() - started < step_seconds + 1
+    assert jobs.result(first) is None
+    assert [file.name for file in jobs.place(first).iterdir()] == ["job.json"]  # that it was cancelled, no more
+    until(lambda: second.ended)
+    assert second.state == DONE
+
+
+def test_stop_keeps_the_last_clip_as_the_result(jobs):
+    job = jobs.submit("me", "a cat", 7, {"first_frame": {"steps": 900}})
+    with pytest.raises(Show1Error, match="no clip yet"):
+        jobs.stop("me", job)
+    until(lambda: job.stage == "first_frame" and job.step)
+    jobs.stop("me", job)
+    until(lambda: job.ended)
+    assert (job.state, job.fault) == (STOPPED, "")
+    assert job.settings["stopped_after"] == "interpolation"
+    assert video.read_metadata(jobs.result(job))["seed"] == 7
+    assert len(video.read_frames(jobs.result(job))) == 29
+
+
+def test_turns_are_fair_and_the_queue_is_bounded(tiny_cascade, tmp_path):
+    jobs = Jobs(Cascade.load(tiny_cascade), CPU, tmp_path, 6)  # not started: all wait
+    mine = [jobs.submit("me", "a cat") for _ in range(3)]
+    yours = [jobs.submit("you", "a cat") for _ in range(3)]
+    turns = [job for pair in zip(mine, yours, strict=True) for job in pair]
+    assert [len(jobs.ahead(job)) for job in turns] == list(range(6))
+    with pytest.raises(Show1Error, match=r"The queue is full: 6 videos are waiting\. Try again in"):
+        jobs.submit("them", "a cat")
+    jobs.cancel("me", mine[1])
+    jobs.submit("them", "a cat")
+
+
+def test_many_at_once_never_exceed_the_queue(tiny_cascade, tmp_path):
+    jobs = Jobs(Cascade.load(tiny_cascade), CPU, tmp_path, 3)
+    refused = []
+
+    def ask():
+        try:
+            jobs.submit("me", "a cat")
+        except Show1Error:
+            refused.append(1)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(jobs.of("me")) == 3 and len(refused) == 5
+
+
+@pytest.mark.parametrize(
+    "prompt, seed, changes, words",
+    [
+        ("  \n", None, {}, "The prompt is empty"),
+        ("a" * 10_001, None, {}, "10,001 characters"),
+        ("a cat", -1, {}, "seed cannot be -1"),
+        ("a cat", 2**60, {}, "seed cannot be"),
+        ("a cat", "seven", {}, "seed cannot be 'seven'"),
+        ("a cat", 1, {"keyframes": {"steps": 0}}, "steps cannot be 0. Give steps a whole number from 1 to 1000"),
+        ("a cat", 1, {"keyframes": {"steps": 10_000}}, "steps cannot be 10000"),
+        ("a cat", 1, {"keyframes": {"guidance": float("nan")}}, "guidance cannot be NaN"),
+        ("a cat", 1, {"keyframes": {"height": 4000}}, "no 'height' that could be changed"),
+        ("a cat", 1, {"painting": {"steps": 1}}, "no stage 'painting'"),
+        ("a cat", 1, {"latent_upscale": {"steps": 1}}, "leaves no step to run"),
+        ("a cat", 1, {"keyframes": 3}, "no stage 'keyframes' with a table"),
+        ("a cat", 1, ["keyframes"], "no table of stages"),
+    ],
+)
+def test_bad_input_is_refused_in_two_sentences(tiny_cascade, tmp_path, prompt, seed, changes, words):
+    jobs = Jobs(Cascade.load(tiny_cascade), CPU, tmp_path, 12)
+    with pytest.raises(Show1Error) as error:
+        jobs.submit("me", prompt, seed, changes)
+    assert words in str(error.value)
+    assert not jobs.of("me") and not list(tmp_path.iterdir())
+
+
+def test_odd_prompts_are_kept_as_they_are(jobs):
+    prompts = ["قطة تقفز في الثلج", "🐼 in the ❄️", "one\ntwo\tthree", "<script>alert(1)</script> ../../etc\0/passwd"]
+    made = [jobs.submit("me", prompt) for prompt in prompts]
+    for job, prompt in zip(made, prompts, strict=True):
+        until(lambda job=job: job.ended)
+        assert job.state == DONE, job.fault
+        assert video.read_metadata(jobs.result(job))["prompt"] == prompt
+        assert jobs.result(job).parent == jobs.folder
+
+
+def test_a_failure_in_a_stage_ends_its_job_and_not_the_queue(jobs, monkeypatch):
+    real, steps = Show1Pipeline._preview, []
+
+    def broken(self, stage, step):
+        steps.append(stage)
+        if len(steps) == 4:
+            raise RuntimeError("a kernel died")
+        return real(self, stage, step)
+
+    monkeypatch.setattr(Show1Pipeline, "_preview", broken)
+    first, second = jobs.submit("me", "a cat"), jobs.submit("me", "a dog")
+    until(lambda: second.ended)
+    assert first.state == FAILED and first.fault.startswith("Making this video failed; ")
+    assert second.state == DONE
+
+
+def test_the_output_folder_may_go_and_come(tiny_cascade, tmp_path):
+    with jobs_in(tmp_path / "outputs", tiny_cascade) as jobs:
+        job = jobs.submit("me", "a cat", None, LONG)
+        until(lambda: job.step)
+        for file in sorted((tmp_path / "outputs").rglob("*"), reverse=True):
+            file.unlink() if file.is_file() else file.rmdir()
+        (tmp_path / "outputs").rmdir()
+        (tmp_path / "outputs").touch()
+        with pytest.raises(Show1Error, match=r"The output folder .* is gone"):
+            jobs.submit("me", "a dog")
+        jobs.cancel("me", job)
+        until(lambda: job.ended)
+        (tmp_path / "outputs").unlink()
+        second = jobs.submit("me", "a dog")
+        until(lambda: second.ended)
+        assert second.state == DONE, second.fault
+
+
+def test_models_that_do_not_load_are_told_and_tried_again(tiny_cascade, tmp_path, monkeypatch):
+    real = Show1Pipeline.from_cascade
+    monkeypatch.setattr(
+        Show1Pipeline, "from_cascade", lambda *_: (_ for _ in ()).throw(Show1Error("Gated.", "Log in."))
+    )
+    with jobs_in(tmp_path, tiny_cascade) as jobs:
+        first = jobs.submit("me", "a cat")
+        until(lambda: first.ended)
+        assert (first.state, first.fault) == (FAILED, "Gated. Log in.")
+        assert jobs.loading["text"].endswith("Gated. Log in.")
+        monkeypatch.setattr(Show1Pipeline, "from_cascade", real)
+        second = jobs.submit("me", "a cat")
+        until(lambda: second.ended)
+        assert second.state == DONE and not jobs.loading
+
+
+# ---------------------------------------------------------------------------------------------------------- the time
+
+
+def simulate(cascade, real, costs, pace=1.0):
+    """Return (time, left) at each event of a video whose steps cost what `real` says, and how long it took."""
+    clock, told = 0.0, []
+    forecast = Forecast(cascade, costs, clock)
+    for stage, steps in stage_steps(cascade).items():
+        forecast.begin(stage, clock)
+        for number in range(steps):
+            clock += pace * (real[stage].step + (0 if number else real[stage].setup))
+            forecast.step(clock)
+            told.append((clock, forecast.left(clock), forecast.share(clock)))
+        clock += pace * real[stage].finish
+        forecast.end(clock)
+    return told, clock
+
+
+@pytest.mark.parametrize("pace", [0.3, 1.0, 3.0])
+def test_the_time_left_is_right_at_a_quarter_of_the_way_whatever_else_the_device_does(pace):
+    cascade = Cascade.load("show-1")
+    real = {stage: Cost(number, 0.1 * (number + 1) ** 2, 3) for number, stage in enumerate(STAGES)}
+    told, total = simulate(cascade, real, real, pace)
+    for clock, left, share in told:
+        if clock > total / 4:
+            assert left == pytest.approx(total - clock, rel=0.2, abs=1)
+            assert share == pytest.approx(clock / total, abs=0.1)
+    shares = [share for *_, share in told]
+    assert shares == sorted(shares) and shares[-1] > 0.9
+
+
+def test_without_costs_the_first_steps_tell_the_pace():
+    cascade = Cascade.load("mini")
+    real = {stage: cost.times(7.0) for stage, cost in RELATIVE.items()}
+    told, total = simulate(cascade, real, None)
+    assert told[3][1] == pytest.approx(total - told[3][0], rel=0.05)
+
+
+def test_costs_are_kept_by_device_and_damage_only_means_to_learn_anew(tmp_path):
+    cascade, file = Cascade.load("mini"), tmp_path / "calibration.json"
+    gpu, cpu = Calibration(file, "gpu"), Calibration(file, "cpu")
+    assert gpu.costs(cascade) is None
+    gpu.learn(cascade, "keyframes", Cost(1, 2, 3))
+    gpu.learn_loading(cascade, 12.5)
+    gpu.save()
+    cpu.learn(cascade, "keyframes", Cost(10, 20, 30))
+    cpu.save()
+    again = Calibration(file, "gpu")
+    assert again.costs(cascade)["keyframes"] == Cost(1, 2, 3) and again.loading(cascade) == 12.5
+    assert again.costs(cascade)["first_frame"].step == pytest.approx(2 * RELATIVE["first_frame"].step)
+    unguided = cascade.override(["keyframes.guidance=1"])
+    assert again.costs(unguided) is None  # half the work
+    for damage in ("", "[]", '{"gpu": 3}', '{"gpu": {"a": {"b": 1}}}', json.dumps({"gpu": {"a": None}})):
+        file.write_text(damage)
+        assert Calibration(file, "gpu").costs(cascade) is None
+
+
+def test_words_for_times_and_sharp_clips():
+    assert [duration(s) for s in (0.2, 42, 61, 200, 4800)] == ["1 s", "42 s", "1 min", "3 min", "1 h 20 min"]
+    frames = torch.zeros(2, 5, 7, 3, dtype=torch.uint8).numpy()
+    _, height, width, _ = enlarge(frames).shape
+    assert height >= 160 and height % 2 == 0 and width % 2 == 0
