@@ -186,13 +186,16 @@ class Show1Pipeline:
                 steps=table.steps,
                 guidance=table.guidance,
                 seed=seed,
+                **_measures(table),
             ),
         )
         table = cascade.interpolation
         interpolated = yield from run(
             "interpolation",
             table.steps,
-            self.interpolation.stream(text, keyframes, steps=table.steps, guidance=table.guidance, seed=seed),
+            self.interpolation.stream(
+                text, keyframes, steps=table.steps, guidance=table.guidance, seed=seed, **_measures(table)
+            ),
         )
         table = cascade.first_frame
         first_frame = yield from run(
@@ -205,6 +208,7 @@ class Show1Pipeline:
                 guidance=table.guidance,
                 noise_level=table.noise_level,
                 seed=seed,
+                **_measures(table),
             ),
         )
         table = cascade.pixel_upscale
@@ -219,6 +223,7 @@ class Show1Pipeline:
                 guidance=table.guidance,
                 noise_level=table.noise_level,
                 seed=seed,
+                **_measures(table),
             ),
         )
         table = cascade.latent_upscale
@@ -234,6 +239,7 @@ class Show1Pipeline:
                 strength=table.strength,
                 guidance=table.guidance,
                 seed=seed,
+                **_measures(table),
             ),
         )
         tensors |= {
@@ -307,6 +313,12 @@ class Show1Pipeline:
                         f"{self.cascade.file}, table [{table}]: {key} = {size} does not suit these models.",
                         f"Give a multiple of {multiple}, as {max(round(size / multiple), 1) * multiple}.",
                     )
+
+
+def _measures(table: Any) -> dict[str, Any]:
+    """Return those measures that trade exactness for speed which a cascade's table asks for."""
+    keys = ("guidance_interval", "reuse", "schedule")
+    return {key: getattr(table, key) for key in keys if getattr(table, key, None) is not None}
 
 
 def check_request(prompt: str, seed: int | None, path: str | Path | None) -> None:
