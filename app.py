@@ -146,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Open the Show-1 page.")
     parser.add_argument("--cascade", metavar="NAME|FILE", help=f"{', '.join(Cascade.names())}, or a TOML file")
     parser.add_argument("--device", help="cuda, cpu, mps, ...; default: cuda where there is one")
+    parser.add_argument("--memory", metavar="12GB", help="how much of the GPU's memory to use; default: what is free")
     parser.add_argument("--share", action=argparse.BooleanOptionalAction, default=False, help="make a public link")
     parser.add_argument("--server-name", default="127.0.0.1", help="0.0.0.0 lets other computers in")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
@@ -177,7 +178,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         theme=gr.themes.Default(font=SYSTEM_FONTS, font_mono=("monospace",)),
         prevent_thread_lock=True,
     )
-    pipeline.set_result(Show1Pipeline.from_cascade(cascade, device))
+    pipeline.set_result(Show1Pipeline.from_cascade(cascade, device, memory=arguments.memory))
     try:
         page.block_thread()  # until Ctrl-C
     finally:

@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", metavar="FILE.mp4", type=Path, help=f"default: a name of its own in {OUTPUTS}/")
     parser.add_argument("--device", help="cuda, cpu, mps, ...; default: cuda where there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on the CPU")
+    parser.add_argument("--memory", metavar="12GB", help="how much of the GPU's memory to use; default: what is free")
     parser.add_argument("--save-stages", metavar="FILE.safetensors", type=Path, help="keep what the stages pass on")
     parser.add_argument(
         "--set", metavar="STAGE.KEY=VALUE", action="append", default=[], help="change the cascade; may be repeated"
@@ -78,7 +79,7 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.save_stages.unlink()
 
     print(f"{cascade.name} on {device.type}: loading", file=sys.stderr)
-    pipeline = Show1Pipeline.from_cascade(cascade, device, DTYPES.get(arguments.dtype))
+    pipeline = Show1Pipeline.from_cascade(cascade, device, DTYPES.get(arguments.dtype), arguments.memory)
     result = _show(pipeline.stream(arguments.prompt, seed=seed, path=out))
     if arguments.save_stages is not None:
         _save_tensors(result.tensors, arguments.save_stages)

@@ -13,9 +13,10 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from accelerate.hooks import UserCpuOffloadHook
 
 import show_1
-from show_1 import loading, video
+from show_1 import loading, placement, video
 from show_1.cascade import Cascade
 from show_1.errors import Show1Error
 from show_1.models import frame_multiple
@@ -102,6 +103,7 @@ class Show1Pipeline:
         self.interpolation = interpolation
         self.pixel_upscale = pixel_upscale
         self.latent_upscale = latent_upscale
+        self.offload_hooks: list[UserCpuOffloadHook] = []  # of the models that are on the device only while they work
         self._check_sizes()
 
     @classmethod
@@ -110,12 +112,13 @@ class Show1Pipeline:
         name_or_file: str | Path | Cascade | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        memory: str | None = None,
     ) -> "Show1Pipeline":
         """Load a cascade: a bundled name, a TOML file, or one read already.
 
         By default that is `show-1` in float16 on the CUDA device where there is one, else `mini` in float32 on the CPU.
-        `dtype` is that of all models and all noise. Raises Show1Error for a cascade, model, device or dtype that will
-        not do.
+        `dtype` is that of all models and all noise. What sits on the device follows from its free memory, or from
+        `memory` ("12GB"). Raises Show1Error for a cascade, model, device, dtype or memory that will not do.
         """
         device = check_device(device)
         dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
@@ -123,6 +126,7 @@ class Show1Pipeline:
         cascade = name_or_file
         if not isinstance(cascade, Cascade):
             cascade = Cascade.load(cascade or default_cascade(device))
+        tier = placement.choose(cascade, device, dtype, memory)
         pipeline = cls(
             cascade,
             loading.load_keyframes(cascade, dtype),
@@ -130,8 +134,7 @@ class Show1Pipeline:
             loading.load_pixel_upscale(cascade, dtype),
             loading.load_latent_upscale(cascade, dtype),
         )
-        for stage in (pipeline.keyframes, pipeline.interpolation, pipeline.pixel_upscale, pipeline.latent_upscale):
-            stage.to(device)
+        pipeline.offload_hooks = placement.place(pipeline, tier, device)
         return pipeline
 
     def __call__(self, prompt: str, *, seed: int | None = None, path: str | Path | None = None) -> Video:
@@ -158,6 +161,8 @@ class Show1Pipeline:
         started = time.monotonic()
         yield from self._notices(prompt)
         cascade = self.cascade
+        for hook in self.offload_hooks:
+            hook.offload()  # a video that was broken off may have left a model on the device
         text = self.keyframes.encode(prompt)
         tensors = {"prompt_embeds": text.prompt, "negative_prompt_embeds": text.negative}
 
@@ -279,13 +284,12 @@ class Show1Pipeline:
         return video.to_uint8(clip)
 
     def _settings(self, prompt: str, seed: int) -> dict[str, Any]:
-        unet = self.keyframes.unet
         return {
             "prompt": prompt,
             "seed": seed,
             "cascade": self.cascade.settings(),
-            "device": unet.device.type,
-            "dtype": str(unet.dtype).removeprefix("torch."),
+            "device": self.keyframes._execution_device.type,
+            "dtype": str(self.keyframes.unet.dtype).removeprefix("torch."),
             "versions": {
                 "show-1": show_1.__version__,
                 "torch": torch.__version__,
