@@ -1,7 +1,7 @@
 """CUDA graphs: a UNet's call is recorded once and replayed, so that the GPU never waits for Python.
 
-Nothing is compiled, so the first video waits for nothing: the first call of a kind runs as ever, the second is recorded
-on the way, which takes about as long, and all others replay the same kernels: the same numbers. A call of Show-1's UNets
+Nothing is compiled, so the first video waits for nothing: the first call of a kind runs as ever, the second is
+recorded on the way, and all others replay the same kernels: the same numbers. A call of Show-1's UNets
 launches up to 2,600 kernels.
 """
 

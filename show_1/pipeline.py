@@ -191,7 +191,7 @@ class Show1Pipeline:
                 steps=table.steps,
                 guidance=table.guidance,
                 seed=seed,
-                **_measures(table),
+                **measures(table),
             ),
         )
         table = cascade.interpolation
@@ -199,7 +199,7 @@ class Show1Pipeline:
             "interpolation",
             table.steps,
             self.interpolation.stream(
-                text, keyframes, steps=table.steps, guidance=table.guidance, seed=seed, **_measures(table)
+                text, keyframes, steps=table.steps, guidance=table.guidance, seed=seed, **measures(table)
             ),
         )
         table = cascade.first_frame
@@ -213,7 +213,7 @@ class Show1Pipeline:
                 guidance=table.guidance,
                 noise_level=table.noise_level,
                 seed=seed,
-                **_measures(table),
+                **measures(table),
             ),
         )
         table = cascade.pixel_upscale
@@ -228,7 +228,7 @@ class Show1Pipeline:
                 guidance=table.guidance,
                 noise_level=table.noise_level,
                 seed=seed,
-                **_measures(table),
+                **measures(table),
             ),
         )
         table = cascade.latent_upscale
@@ -244,7 +244,7 @@ class Show1Pipeline:
                 strength=table.strength,
                 guidance=table.guidance,
                 seed=seed,
-                **_measures(table),
+                **measures(table),
             ),
         )
         tensors |= {
@@ -319,7 +319,7 @@ class Show1Pipeline:
                     )
 
 
-def _measures(table: Any) -> dict[str, Any]:
+def measures(table: Any) -> dict[str, Any]:
     """Return those measures that trade exactness for speed which a cascade's table asks for."""
     keys = ("guidance_interval", "reuse", "schedule")
     return {key: getattr(table, key) for key in keys if getattr(table, key, None) is not None}

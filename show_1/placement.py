@@ -66,16 +66,18 @@ TIERS = (
 IN_PLACE = Tier("in place", 36)
 
 
-def choose(cascade: Cascade, device: torch.device, dtype: torch.dtype, memory: str | None = None) -> Tier:
+def choose(
+    cascade: Cascade, device: torch.device, dtype: torch.dtype, memory: str | None = None, weights: int | None = None
+) -> Tier:
     """Return the tier that suits the free memory of the device, or `memory` ("12GB") instead.
 
-    Fetches the cascade's models, to know their sizes. Raises Show1Error if no tier fits, and for a `memory` that is
-    nonsense or more than there is.
+    Fetches the cascade's models to know their sizes, unless `weights` says their bytes. Raises Show1Error if no tier
+    fits, and for a `memory` that is nonsense or more than there is.
     """
     free, total = device_memory(device)
     if memory is not None:
         free = int(parse_memory(memory, total) * CARD)
-    weights = weight_bytes(cascade, dtype)
+    weights = weights or weight_bytes(cascade, dtype)
     tiers = (IN_PLACE,) if device.type in ("cpu", "mps") else TIERS
     for tier in tiers:
         if tier.needs(weights) <= free:

@@ -104,8 +104,8 @@ class VideoBlock(nn.Module):
     ) -> list[torch.Tensor]:
         """Return the hidden states after each layer, (batch·frames, channels, height, width); the last is the block's.
 
-        An up block takes from the end of `skips` one tensor a ResNet. Without `resample` the block ends before its
-        down- or upsampler.
+        An up block is given `skips`, one tensor a ResNet, and takes the last first. Without `resample` the block ends
+        before its down- or upsampler.
         """
         outputs = []
         for resnet, temp_conv, attention, temp_attention in zip_longest(
@@ -217,8 +217,8 @@ class UNet3DConditionModel(UNet2DConditionModel):
                 skips += block(skips[-1], temb, text, num_frames)
             deep = self.mid_block(skips[-1], temb, text, num_frames)[-1]
             for block in self.up_blocks[:-1]:
-                below = len(skips) - len(block.resnets)
-                deep = block(deep, temb, text, num_frames, skips, skips[below - 1].shape[-2:])[-1]
+                skips, own = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
+                deep = block(deep, temb, text, num_frames, own, skips[-1].shape[-2:])[-1]
         else:
             skips += self.down_blocks[0](hidden_states, temb, text, num_frames, resample=False)
         hidden_states = self.up_blocks[-1](deep, temb, text, num_frames, skips)[-1]
