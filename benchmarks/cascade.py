@@ -269,7 +269,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise Show1Error(f"There is no stage {sorted(unknown)[0]!r}.", f"Known are {', '.join(STAGES[1:])}.")
     if arguments.rounds < 1 or arguments.warmups < 0:
         raise Show1Error("There must be a round to measure.", "Give --rounds 1 or more, --warmups 0 or more.")
-    if arguments.measures and exact is cascade:
+    if arguments.measures and exact == cascade:
         raise Show1Error(f"{cascade.name} has no measures to compare.", "Take show-1-fast or mini-fast.")
     random = arguments.weights == "random"
     if random and device.type == "cpu":

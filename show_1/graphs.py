@@ -5,6 +5,7 @@ recorded on the way, and all others replay the same kernels: the same numbers. A
 launches up to 2,600 kernels.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,9 +63,15 @@ def record(forward: Callable, inputs: tuple[tuple, dict]) -> Recording:
     """Record one call on the present CUDA device; what it computes comes with the first replay."""
     args, kwargs = held = _copy(inputs)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=_pool()):
         output = forward(*args, **kwargs)
     return Recording(held, output, graph.replay)
+
+
+@functools.cache
+def _pool() -> tuple[int, int]:
+    """Return the memory that all graphs share: they replay one after the other, and outputs are copied out at once."""
+    return torch.cuda.graph_pool_handle()
 
 
 def _copy(values: Any) -> Any:

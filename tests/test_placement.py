@@ -9,24 +9,20 @@ from show_1 import Cascade, Show1Error, Show1Pipeline, graphs, placement
 from show_1.placement import GB, IN_PLACE, SHOW_1, TIERS
 from tests import tiny
 
-ONE_STEP = ["keyframes.steps=1", "interpolation.steps=1", "first_frame.steps=1", "pixel_upscale.steps=1"]
 CPU = torch.device("cpu")
 
 
-def _pipeline(tiny_cascade) -> Show1Pipeline:
-    cascade = Cascade.load(tiny_cascade).override([*ONE_STEP, "latent_upscale.steps=2"])
-    return Show1Pipeline.from_cascade(cascade, "cpu", torch.float64)
-
-
 @pytest.fixture(scope="module")
-def exact(tiny_cascade) -> torch.Tensor:
-    return _pipeline(tiny_cascade)(tiny.PROMPT, seed=tiny.SEED).tensors["video"]
+def exact(one_step_cascade) -> torch.Tensor:
+    return Show1Pipeline.from_cascade(one_step_cascade, "cpu", torch.float64)(tiny.PROMPT, seed=tiny.SEED).tensors[
+        "video"
+    ]
 
 
 @pytest.mark.parametrize("tier", TIERS, ids=[f"{tier.memory} GB" for tier in TIERS])
-def test_every_tier_gives_the_same_frames(tiny_cascade, exact, tier):
+def test_every_tier_gives_the_same_frames(one_step_cascade, exact, tier):
     """The hooks run as on a GPU, only that the device they move models to is the CPU."""
-    pipeline = _pipeline(tiny_cascade)
+    pipeline = Show1Pipeline.from_cascade(one_step_cascade, "cpu", torch.float64)
     pipeline.offload_hooks = placement.place(pipeline, tier, CPU)
     result = pipeline(tiny.PROMPT, seed=tiny.SEED)
     assert (result.tensors["video"] - exact).abs().max() < 1e-6
