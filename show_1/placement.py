@@ -102,20 +102,24 @@ def place(pipeline: "Show1Pipeline", tier: Tier, device: torch.device) -> list[U
     unets = [pipeline.keyframes.unet, pipeline.interpolation.unet]  # in the order in which they work
     unets += [pipeline.pixel_upscale.first_frame_unet, pipeline.pixel_upscale.unet, pipeline.latent_upscale.unet]
     coming_and_going = ([] if tier.text_by_layer else [text_encoder]) + unets if tier.one_at_a_time else []
-    streams = {
-        "onload_device": device,
-        "offload_device": torch.device("cpu"),
-        "use_stream": device.type == "cuda",
-        "record_stream": device.type == "cuda",
-        "low_cpu_mem_usage": True,  # pins what is on its way, not a second copy of everything
-    }
+    where = {"onload_device": device, "offload_device": torch.device("cpu")}
     streamed = []
     if tier.text_by_layer:
-        apply_group_offloading(text_encoder, offload_type="leaf_level", **streams)
+        stream = device.type == "cuda"  # fetches the next layer meanwhile
+        apply_group_offloading(
+            text_encoder,
+            **where,
+            offload_type="leaf_level",
+            use_stream=stream,
+            record_stream=stream,
+            low_cpu_mem_usage=stream,  # pins what is on its way, not a second copy of everything
+        )
         streamed.append(text_encoder)
     if tier.unets_by_block:
         for unet in unets:
-            apply_group_offloading(unet, offload_type="block_level", num_blocks_per_group=1, **streams)
+            # No leaves: the temporal convolutions read their weights themselves. No stream: it would fetch the blocks
+            # in the order of the first call, and calls with reused features leave some out.
+            apply_group_offloading(unet, **where, offload_type="block_level", num_blocks_per_group=1)
         streamed += unets
     hooks = []
     for model in coming_and_going:
