@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from show_1 import Show1Error, Show1Pipeline, loading
@@ -49,10 +49,8 @@ def _random_pipeline(cascade: Cascade, device: torch.device, dtype: torch.dtype)
     def config(name: str) -> dict:
         return json.loads((CONFIGS / name / "config.json").read_text())
 
-    def scheduler(name: str):
-        repository = object.__new__(loading.Repository)  # a scheduler needs no more of it than its folder
-        repository.table, repository.folder = name, CONFIGS / Path(name).parent
-        return repository.scheduler(Path(name).name)
+    def scheduler(name: str) -> SchedulerMixin:
+        return loading.load_scheduler(CONFIGS / name)
 
     return Show1Pipeline(
         cascade,
