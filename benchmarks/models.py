@@ -98,4 +98,4 @@ def random_model(model_class: type, config: dict, device: torch.device, dtype: t
     for name, parameter in model.named_parameters():
         if name.endswith("conv4.3.weight"):
             torch.nn.init.normal_(parameter, std=0.1 / parameter[0].numel() ** 0.5)
-    return model.to(dtype).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)

@@ -5,10 +5,9 @@ import sys
 
 import pytest
 import torch
-from transformers import T5EncoderModel
 
 from benchmarks import cascade as benchmark
-from benchmarks.models import CONFIGS, random_model
+from benchmarks.models import load
 from show_1 import Cascade, Show1Error, Show1Pipeline
 from show_1.pipeline import measures
 from tests import tiny
@@ -151,7 +150,9 @@ def test_an_interrupted_benchmark_keeps_its_finished_rounds():
 
 
 def test_random_weights_are_those_of_the_released_size():
-    config = json.loads((CONFIGS / "show-1-base" / "text_encoder" / "config.json").read_text())
-    model = random_model(T5EncoderModel, config, torch.device("meta"), torch.float16)
-    assert round(sum(p.numel() for p in model.parameters()) / 1e9, 2) == 4.76
-    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    pipeline = load(Cascade.load("show-1-fast"), torch.device("meta"), torch.float16, random=True)
+    stages = (pipeline.keyframes, pipeline.interpolation, pipeline.pixel_upscale, pipeline.latent_upscale)
+    models = [model for stage in stages for model in stage.components.values() if isinstance(model, torch.nn.Module)]
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    assert {parameter.dtype for parameter in parameters} == {torch.float16}
+    assert round(sum(2 * parameter.numel() for parameter in parameters) / 1e9, 1) == 24.2  # GB
