@@ -638,6 +638,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Open the Show-1 page.")
     parser.add_argument("--cascade", metavar="NAME|FILE", help=f"{', '.join(Cascade.names())}, or a TOML file")
     parser.add_argument("--device", help="cuda, cpu, mps, ...; default: cuda where there is one")
+    parser.add_argument("--memory", metavar="12GB", help="how much of the GPU's memory to use; default: what is free")
     parser.add_argument(
         "--share",
         action=argparse.BooleanOptionalAction,
@@ -674,7 +675,8 @@ def _serve(arguments: argparse.Namespace) -> None:
     auth = _auth(arguments.auth)
 
     notes: list[str] = []
-    jobs = Jobs(cascade, device, outputs, arguments.queue_size, models=arguments.models, offline=arguments.offline)
+    where = {"memory": arguments.memory, "models": arguments.models, "offline": arguments.offline}
+    jobs = Jobs(cascade, device, outputs, arguments.queue_size, **where)
     page = build(jobs, notes)
     _launch(
         page,

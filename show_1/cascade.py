@@ -46,6 +46,17 @@ def text(meaning: str) -> Rule:
     return Rule(f"a text in quotes, not empty ({meaning})", (str,), lambda value: value.strip() != "")
 
 
+def one_of(*words: str) -> Rule:
+    return Rule(f"one of {', '.join(words)}", (str,), lambda value: value in words)
+
+
+def interval(low: int, high: int, unit: str) -> Rule:
+    def accepts(value: list) -> bool:
+        return len(value) == 2 and all(type(v) is int for v in value) and low <= value[0] <= value[1] <= high
+
+    return Rule(f"two whole numbers from {low} to {high}, the lower first ({unit})", (list,), accepts)
+
+
 Name = Annotated[str, text("the cascade's name")]
 Rate = Annotated[int, whole(1, 60, "frames per second")]
 Model = Annotated[str, text('a hub id "owner/name", or a folder relative to the TOML file')]
@@ -60,6 +71,10 @@ NoiseLevel = Annotated[int, whole(0, 999, "timestep of the noise added to the co
 # Above 0 would be the natural bound, but below 0.001 not even 1000 steps leave one to run.
 Strength = Annotated[float, real(0.001, 1, "share of the steps to run")]
 Prompt = Annotated[str, Rule("a text in quotes", (str,), lambda value: True)]
+# Measures that trade exactness for speed; left out, the video is the exact one.
+GuidanceInterval = Annotated[list[int] | None, interval(0, 999, "the timesteps between which guidance works")]
+Reuse = Annotated[int | None, whole(2, 10, "steps that share the deep features of the first of them")]
+Schedule = Annotated[str | None, one_of("fast27", "smart27", "smart50", "smart100", "super27", "super40", "super100")]
 Note = Annotated[str, text("what users should know of this cascade")]
 WordList = Annotated[str | None, text("a file of all the words it knows, relative to the TOML file")]
 Examples = Annotated[
@@ -83,6 +98,8 @@ class Keyframes:
     width: Pixels
     steps: Steps
     guidance: Guidance
+    guidance_interval: GuidanceInterval = None
+    reuse: Reuse = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +110,8 @@ class Interpolation:
     revision: Revision = None
     steps: Steps
     guidance: Guidance
+    guidance_interval: GuidanceInterval = None
+    reuse: Reuse = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +123,16 @@ class FirstFrame:
     variant: Variant = None
     steps: Steps
     guidance: Guidance
+    guidance_interval: GuidanceInterval = None
+    schedule: Schedule = None
     noise_level: NoiseLevel
+
+    def __post_init__(self):
+        if self.schedule is not None and not self.schedule.endswith(str(self.steps)):
+            raise ValueError(
+                f"schedule = {_shown(self.schedule)} does not have steps = {self.steps} steps.",
+                "Give steps the number at the end of the schedule's name, or leave the schedule out.",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +143,8 @@ class PixelUpscale:
     revision: Revision = None
     steps: Steps
     guidance: Guidance
+    guidance_interval: GuidanceInterval = None
+    reuse: Reuse = None
     noise_level: NoiseLevel
 
 
@@ -129,6 +159,8 @@ class LatentUpscale:
     steps: Steps
     strength: Strength
     guidance: Guidance
+    guidance_interval: GuidanceInterval = None
+    reuse: Reuse = None
     negative_prompt: Prompt
 
     def __post_init__(self):

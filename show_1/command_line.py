@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", metavar="FILE.mp4", type=Path, help=f"default: a name of its own in {OUTPUTS}/")
     parser.add_argument("--device", help="cuda, cpu, mps, ...; default: cuda where there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on the CPU")
+    parser.add_argument("--memory", metavar="12GB", help="how much of the GPU's memory to use; default: what is free")
     parser.add_argument("--save-stages", metavar="FILE.safetensors", type=Path, help="keep what the stages pass on")
     parser.add_argument(
         "--set", metavar="STAGE.KEY=VALUE", action="append", default=[], help="change the cascade; may be repeated"
@@ -86,6 +87,7 @@ def _run(arguments: argparse.Namespace) -> None:
         cascade,
         device,
         DTYPES.get(arguments.dtype),
+        memory=arguments.memory,
         models=arguments.models,
         offline=arguments.offline,
         report=DownloadBar(),

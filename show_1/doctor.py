@@ -20,7 +20,6 @@ from show_1.errors import Show1Error, first_line
 from show_1.hub import COMPONENTS, Model, gigabytes
 
 ON_CPU = 4e9  # bytes of weights, beyond which a video on the CPU would take many hours
-BESIDES = 1.15  # what a GPU has to hold, over the weights alone; reckoned, not measured
 
 
 @dataclass(frozen=True)
@@ -144,15 +143,17 @@ def _disk(found: Sequence[Model], complete: bool) -> Finding:
 
 
 def _device(torch, cascade: Cascade, weights: int | None) -> Finding:
-    """What the models, of so many bytes, will run on, and how they are placed there: by now, all together."""
+    """What the models, of so many bytes, will run on, and how they will share its memory."""
     if torch.cuda.is_available():
+        from show_1 import placement  # brings diffusers, which takes seconds
+
         properties = torch.cuda.get_device_properties(0)
-        there, needed = properties.total_memory, (weights or 0) * BESIDES
-        says = f"{properties.name}, {gigabytes(there)}; all models are kept on it in half precision"
-        if there < needed:
-            remedy = "Take a GPU with more memory, or a smaller cascade: --cascade mini."
-            return Finding("GPU", False, f"{says}, which takes {gigabytes(needed)}. {remedy}")
-        return Finding("GPU", True, f"{says}.")
+        says = f"{properties.name}, {gigabytes(properties.total_memory)}"
+        try:
+            tier = placement.choose(cascade, torch.device("cuda"), weights or placement.SHOW_1)
+        except Show1Error as error:
+            return Finding("GPU", False, f"{says}. {error}")
+        return Finding("GPU", True, f"{says}; {tier.name}, in half precision.")
     why = "none that torch can use"
     if torch.version.cuda is None and shutil.which("nvidia-smi"):
         why = "there is one, but this torch is built for the CPU only"

@@ -99,11 +99,12 @@ class Jobs:
         device: torch.device,
         folder: Path,
         limit: int,
+        memory: str | None = None,
         models: Path | None = None,
         offline: bool = False,
     ):
         self.cascade, self.device, self.folder, self.limit = cascade, device, folder, limit
-        self.models, self.offline = models, offline
+        self.loaded_with = {"memory": memory, "models": models, "offline": offline}
         self.pipeline: Show1Pipeline | None = None
         self.loading: dict[str, Any] = {"text": "Loading the models", "since": time.monotonic(), "expected": None}
         dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -290,7 +291,7 @@ class Jobs:
         }
         try:
             self.pipeline = Show1Pipeline.from_cascade(
-                self.cascade, self.device, models=self.models, offline=self.offline, report=self._fetched
+                self.cascade, self.device, **self.loaded_with, report=self._fetched
             )
             self.calibration.learn_loading(self.cascade, time.monotonic() - started)
         except Exception as error:

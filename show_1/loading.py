@@ -70,14 +70,8 @@ class Repository:
         return model.eval()
 
     def scheduler(self, component: str) -> SchedulerMixin:
-        """Return a scheduler of the class that its file names, with the original's end of the noise schedule."""
         try:
-            config = DPMSolverMultistepScheduler.load_config(self.folder / component)
-            scheduler_class = SCHEDULERS[config["_class_name"]]
-            if scheduler_class is DPMSolverMultistepScheduler:
-                # The released files predate this key; then the last step went to the smallest sigma, not to zero.
-                config.setdefault("final_sigmas_type", "sigma_min")
-            return scheduler_class.from_config(config)
+            return load_scheduler(self.folder / component)
         except KeyError as error:
             raise self._bad_config(component, f"there is no scheduler {error}") from error
         except Exception as error:  # whatever values that are none make the library raise
@@ -111,6 +105,28 @@ class Repository:
             f"The {component} of [{self.table}] does not load from {self.folder / component}: {why}.",
             "Take this folder from the model's repository again.",
         )
+
+
+def load_scheduler(folder: Path) -> SchedulerMixin:
+    """Return a scheduler of the class that its file names, with the original's end of the noise schedule."""
+    config = DPMSolverMultistepScheduler.load_config(folder)
+    scheduler_class = SCHEDULERS[config["_class_name"]]
+    if scheduler_class is DPMSolverMultistepScheduler:
+        # The released files predate this key; then the last step went to the smallest sigma, not to zero.
+        config.setdefault("final_sigmas_type", "sigma_min")
+    return scheduler_class.from_config(config)
+
+
+def load_stages(
+    cascade: Cascade, folders: Folders, dtype: torch.dtype
+) -> tuple[KeyframesPipeline, InterpolationPipeline, PixelUpscalePipeline, LatentUpscalePipeline]:
+    """Return the four stages, on the CPU."""
+    return (
+        load_keyframes(cascade, folders, dtype),
+        load_interpolation(cascade, folders, dtype),
+        load_pixel_upscale(cascade, folders, dtype),
+        load_latent_upscale(cascade, folders, dtype),
+    )
 
 
 def load_keyframes(cascade: Cascade, folders: Folders, dtype: torch.dtype) -> KeyframesPipeline:

@@ -13,9 +13,10 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from accelerate.hooks import UserCpuOffloadHook
 
 import show_1
-from show_1 import hub, loading, video
+from show_1 import hub, loading, placement, video
 from show_1.cascade import Cascade
 from show_1.errors import Show1Error
 from show_1.models import frame_multiple
@@ -103,6 +104,7 @@ class Show1Pipeline:
         self.pixel_upscale = pixel_upscale
         self.latent_upscale = latent_upscale
         self.weights: str | None = None  # a fingerprint, where `from_cascade` has loaded them
+        self.offload_hooks: list[UserCpuOffloadHook] = []  # of the models that are on the device only while they work
         self._check_sizes()
 
     @classmethod
@@ -112,6 +114,7 @@ class Show1Pipeline:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         *,
+        memory: str | None = None,
         models: str | Path | None = None,
         offline: bool = False,
         report: hub.Report | None = None,
@@ -119,10 +122,11 @@ class Show1Pipeline:
         """Load a cascade: a bundled name, a TOML file, or one read already; what is not here is fetched from the hub.
 
         By default that is `show-1` in float16 on the CUDA device where there is one, else `mini` in float32 on the CPU.
-        `dtype` is that of all models and all noise. `models`, `offline` and `report` are those of `hub.fetch`: a folder
-        to take the models from, no network, and what to call with the fetching's Progress.
+        `dtype` is that of all models and all noise. What sits on the device follows from its free memory, or from
+        `memory` ("12GB"). `models`, `offline` and `report` are those of `hub.fetch`: a folder to take the models from,
+        no network, and what to call with the fetching's Progress.
 
-        Raises Show1Error for a cascade, model, device or dtype that will not do.
+        Raises Show1Error for a cascade, model, device, dtype or memory that will not do.
         """
         device = check_device(device)
         dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
@@ -131,23 +135,17 @@ class Show1Pipeline:
         if not isinstance(cascade, Cascade):
             cascade = Cascade.load(cascade or default_cascade(device))
         folders = hub.fetch(cascade, models=models, offline=offline, report=report)
-        pipeline = cls(
-            cascade,
-            loading.load_keyframes(cascade, folders, dtype),
-            loading.load_interpolation(cascade, folders, dtype),
-            loading.load_pixel_upscale(cascade, folders, dtype),
-            loading.load_latent_upscale(cascade, folders, dtype),
-        )
-        stages = (pipeline.keyframes, pipeline.interpolation, pipeline.pixel_upscale, pipeline.latent_upscale)
+        tier = placement.choose(cascade, device, placement.weight_bytes(cascade, folders, dtype), memory)
+        stages = loading.load_stages(cascade, folders, dtype)
+        pipeline = cls(cascade, *stages)
         pipeline.weights = loading.fingerprint(stages)
-        for stage in stages:
-            stage.to(device)
+        pipeline.offload_hooks = placement.place(pipeline, tier, device)
         return pipeline
 
     def with_cascade(self, cascade: Cascade) -> "Show1Pipeline":
         """Return a pipeline of the same models with other settings, such as steps."""
         other = Show1Pipeline(cascade, self.keyframes, self.interpolation, self.pixel_upscale, self.latent_upscale)
-        other.weights = self.weights
+        other.weights, other.offload_hooks = self.weights, self.offload_hooks
         return other
 
     def __call__(self, prompt: str, *, seed: int | None = None, path: str | Path | None = None) -> Video:
@@ -174,6 +172,8 @@ class Show1Pipeline:
         started = time.monotonic()
         yield from self._notices(prompt)
         cascade = self.cascade
+        for hook in self.offload_hooks:
+            hook.offload()  # a video that was broken off may have left a model on the device
         text = self.keyframes.encode(prompt)
         tensors = {"prompt_embeds": text.prompt, "negative_prompt_embeds": text.negative}
 
@@ -202,13 +202,16 @@ class Show1Pipeline:
                 steps=table.steps,
                 guidance=table.guidance,
                 seed=seed,
+                **measures(table),
             ),
         )
         table = cascade.interpolation
         interpolated = yield from run(
             "interpolation",
             table.steps,
-            self.interpolation.stream(text, keyframes, steps=table.steps, guidance=table.guidance, seed=seed),
+            self.interpolation.stream(
+                text, keyframes, steps=table.steps, guidance=table.guidance, seed=seed, **measures(table)
+            ),
         )
         table = cascade.first_frame
         first_frame = yield from run(
@@ -221,6 +224,7 @@ class Show1Pipeline:
                 guidance=table.guidance,
                 noise_level=table.noise_level,
                 seed=seed,
+                **measures(table),
             ),
         )
         table = cascade.pixel_upscale
@@ -235,6 +239,7 @@ class Show1Pipeline:
                 guidance=table.guidance,
                 noise_level=table.noise_level,
                 seed=seed,
+                **measures(table),
             ),
         )
         table = cascade.latent_upscale
@@ -250,6 +255,7 @@ class Show1Pipeline:
                 strength=table.strength,
                 guidance=table.guidance,
                 seed=seed,
+                **measures(table),
             ),
         )
         tensors |= {
@@ -290,13 +296,12 @@ class Show1Pipeline:
 
     def settings(self, prompt: str, seed: int) -> dict[str, Any]:
         """Return all that decides which frames come out, as JSON can hold it."""
-        unet = self.keyframes.unet
         return {
             "prompt": prompt,
             "seed": seed,
             "cascade": self.cascade.settings(),
-            "device": unet.device.type,
-            "dtype": str(unet.dtype).removeprefix("torch."),
+            "device": self.keyframes._execution_device.type,
+            "dtype": str(self.keyframes.unet.dtype).removeprefix("torch."),
             "weights": self.weights,
             "versions": versions(),
         }
@@ -319,6 +324,12 @@ class Show1Pipeline:
                         f"{self.cascade.file}, table [{table}]: {key} = {size} does not suit these models.",
                         f"Give a multiple of {multiple}, as {max(round(size / multiple), 1) * multiple}.",
                     )
+
+
+def measures(table: Any) -> dict[str, Any]:
+    """Return those measures that trade exactness for speed which a cascade's table asks for."""
+    keys = ("guidance_interval", "reuse", "schedule")
+    return {key: getattr(table, key) for key in keys if getattr(table, key, None) is not None}
 
 
 def check_request(prompt: str, seed: int | None, path: str | Path | None) -> None:

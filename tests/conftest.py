@@ -1,4 +1,5 @@
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -12,3 +13,12 @@ def tiny_cascade(tmp_path_factory) -> Path:
     from tests import tiny
 
     return tiny.build(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def one_step_cascade(tiny_cascade) -> Path:
+    """The tiny cascade with a single step in every stage, for what no number of steps would change."""
+    file = tiny_cascade.with_name("one-step.toml")
+    toml = re.sub(r"steps = \d+", "steps = 1", tiny_cascade.read_text()).replace("strength = 0.8", "strength = 1.0")
+    file.write_text(toml)
+    return file

@@ -29,7 +29,7 @@ def changed(file, folder, **changes):
 
 def test_the_same_frames_come_out(made, tiny_cascade, tmp_path, capsys):
     out = tmp_path / "again.mp4"
-    assert replay.run([str(made), "--cascade", str(tiny_cascade), "--out", str(out)]) == 0
+    assert replay.main([str(made), "--cascade", str(tiny_cascade), "--out", str(out)]) == 0
     assert capsys.readouterr().out == "The same frames.\n"
     assert out.read_bytes() == made.read_bytes()
 
@@ -38,13 +38,13 @@ def test_a_stopped_video_too(pipeline, tiny_cascade, tmp_path, capsys):
     clip = next(event for event in pipeline.stream("a cat", seed=7) if isinstance(event, Clip))
     settings = pipeline.settings("a cat", 7) | {"stopped_after": "keyframes"}
     video.write(tmp_path / "stopped.mp4", *clip_frames(clip, pipeline.cascade), settings)
-    assert replay.run([str(tmp_path / "stopped.mp4"), "--cascade", str(tiny_cascade)]) == 0
+    assert replay.main([str(tmp_path / "stopped.mp4"), "--cascade", str(tiny_cascade)]) == 0
 
 
 def test_other_frames_are_told_with_what_differs(made, tiny_cascade, tmp_path, capsys):
     versions = video.read_metadata(made)["versions"] | {"torch": "1.0"}
     file = changed(made, tmp_path, seed=8, versions=versions, weights="others")
-    assert replay.run([str(file), "--cascade", str(tiny_cascade)]) == 1
+    assert replay.main([str(file), "--cascade", str(tiny_cascade)]) == 1
     said = capsys.readouterr().out
     assert "of 29 frames differ, by up to" in said
     assert f"- torch is {torch.__version__} here, not 1.0" in said and "- the weights are others" in said
@@ -52,9 +52,9 @@ def test_other_frames_are_told_with_what_differs(made, tiny_cascade, tmp_path, c
 
 def test_what_cannot_be_made_again_is_told(made, tmp_path, capsys):
     alien = changed(made, tmp_path, cascade={"name": "Elsewhere"})
-    assert replay.run([str(alien)]) == 2
+    assert replay.main([str(alien)]) == 2
     assert "made by the cascade Elsewhere, which is not bundled.\nName its TOML" in capsys.readouterr().err
-    assert replay.run([str(tmp_path / "none.mp4")]) == 2
+    assert replay.main([str(tmp_path / "none.mp4")]) == 2
     with pytest.raises(Show1Error, match="lack seed"):
         replay.read(changed(made, tmp_path, seed="seven"))
 

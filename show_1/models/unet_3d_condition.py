@@ -6,6 +6,7 @@ arXiv 2309.15818, section 3, and the configurations of the showlab/show-1-* repo
 """
 
 import inspect
+from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
@@ -14,8 +15,19 @@ from diffusers import ModelMixin, UNet2DConditionModel  # noqa: F401 - from_pret
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import Downsample2D, TemporalConvLayer, Upsample2D
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from diffusers.utils import BaseOutput
 from torch import nn
+
+
+@dataclass
+class UNet3DConditionOutput(BaseOutput):
+    """The prediction, (batch, out_channels, frames, height, width), and what a later call may be given as `deep`.
+
+    `deep` is (batch·frames, channels, height, width): the hidden states that enter the last up block.
+    """
+
+    sample: torch.Tensor
+    deep: torch.Tensor | None = None
 
 
 class TemporalConv(TemporalConvLayer):
@@ -35,6 +47,21 @@ class TemporalConv(TemporalConvLayer):
         return (clip + change).transpose(1, 2).reshape(hidden_states.shape)
 
 
+class TemporalTransformer(TransformerTemporalModel):
+    """diffusers' temporal transformer, which copies on the way in only, and keeps the layout it was given."""
+
+    def forward(self, hidden_states: torch.Tensor, num_frames: int) -> torch.Tensor:
+        """Return hidden states of the given shape, (batch·frames, channels, height, width)."""
+        height, width = hidden_states.shape[-2:]
+        clip = hidden_states.unflatten(0, (-1, num_frames))
+        tokens = self.norm(clip.transpose(1, 2).flatten(3)).permute(0, 3, 2, 1).flatten(0, 1)
+        tokens = self.proj_in(tokens)  # (batch·pixels, frames, channels)
+        for block in self.transformer_blocks:
+            tokens = block(tokens)
+        change = self.proj_out(tokens).unflatten(0, (-1, height, width)).permute(0, 3, 4, 1, 2)
+        return (clip + change).flatten(0, 1)
+
+
 class VideoBlock(nn.Module):
     """A down, mid or up block: the layers of diffusers' 2D block, each followed by a temporal layer.
 
@@ -52,7 +79,7 @@ class VideoBlock(nn.Module):
         self.attentions = getattr(block, "attentions", nn.ModuleList())
         channels = block.resnets[-1].out_channels
         self.temp_attentions = nn.ModuleList(
-            TransformerTemporalModel(
+            TemporalTransformer(
                 # In the pixel family `heads` is the *size* of the spatial attention's heads, yet the number of the
                 # temporal attention's: the released weights were trained so.
                 num_attention_heads=heads,
@@ -73,10 +100,12 @@ class VideoBlock(nn.Module):
         num_frames: int,
         skips: list[torch.Tensor] | None = None,
         upsample_size: torch.Size | None = None,
+        resample: bool = True,
     ) -> list[torch.Tensor]:
         """Return the hidden states after each layer, (batch·frames, channels, height, width); the last is the block's.
 
-        An up block takes from the end of `skips` one tensor a ResNet.
+        An up block is given `skips`, one tensor a ResNet, and takes the last first. Without `resample` the block ends
+        before its down- or upsampler.
         """
         outputs = []
         for resnet, temp_conv, attention, temp_attention in zip_longest(
@@ -90,9 +119,9 @@ class VideoBlock(nn.Module):
                     hidden_states = attention(hidden_states, encoder_hidden_states=text)
                 else:
                     hidden_states = attention(hidden_states, encoder_hidden_states=text, return_dict=False)[0]
-                hidden_states = temp_attention(hidden_states, num_frames=num_frames).sample
+                hidden_states = temp_attention(hidden_states, num_frames=num_frames)
             outputs.append(hidden_states)
-        for sampler in (*(self.downsamplers or ()), *(self.upsamplers or ())):
+        for sampler in (*(self.downsamplers or ()), *(self.upsamplers or ())) if resample else ():
             if isinstance(sampler, Upsample2D):
                 hidden_states = sampler(hidden_states, upsample_size)
             elif isinstance(sampler, Downsample2D):
@@ -123,9 +152,7 @@ class UNet3DConditionModel(UNet2DConditionModel):
         heads = [heads] * len(self.down_blocks) if isinstance(heads, int) else list(heads)
         groups = self.config.norm_num_groups
         self.transformer_in = (
-            TransformerTemporalModel(
-                num_attention_heads=8, attention_head_dim=64, in_channels=self.conv_in.out_channels
-            )
+            TemporalTransformer(num_attention_heads=8, attention_head_dim=64, in_channels=self.conv_in.out_channels)
             if transfromer_in_opt
             else None
         )
@@ -158,13 +185,17 @@ class UNet3DConditionModel(UNet2DConditionModel):
         timestep: torch.Tensor | float | int,
         encoder_hidden_states: torch.Tensor,
         class_labels: torch.Tensor | None = None,
+        deep: torch.Tensor | None = None,
         return_dict: bool = True,
-    ) -> UNet2DConditionOutput | tuple[torch.Tensor]:
-        """Return the prediction, (batch, out_channels, frames, height, width).
+    ) -> UNet3DConditionOutput | tuple[torch.Tensor, ...]:
+        """Return the prediction, (batch, out_channels, frames, height, width), and the deep features behind it.
 
         `sample` is (batch, in_channels, frames, height, width), noise-like, about [−1, 1] where it is clean; `timestep`
         0…999, one for all or one a clip; `encoder_hidden_states` the text, (batch, tokens, features);
         `class_labels` the noise level of the condition, (batch,) in 0…999, for the pixel upscale alone.
+
+        With `deep`, another step's deep features, only the first down block and the last up block are computed
+        (DeepCache, arXiv 2312.00858): a prediction that is nearly right, at a fraction of the work.
         """
         num_frames = sample.shape[2]
         temb = self.time_embedding(self.get_time_embed(sample, timestep))
@@ -179,18 +210,21 @@ class UNet3DConditionModel(UNet2DConditionModel):
 
         hidden_states = self.conv_in(sample.transpose(1, 2).flatten(0, 1))
         if self.transformer_in is not None:
-            hidden_states = self.transformer_in(hidden_states, num_frames=num_frames).sample
+            hidden_states = self.transformer_in(hidden_states, num_frames=num_frames)
         skips = [hidden_states]
-        for block in self.down_blocks:
-            skips += block(skips[-1], temb, text, num_frames)
-        hidden_states = self.mid_block(skips[-1], temb, text, num_frames)[-1]
-        for block in self.up_blocks:
-            below = len(skips) - len(block.resnets)
-            size = skips[below - 1].shape[-2:] if below else None
-            hidden_states = block(hidden_states, temb, text, num_frames, skips, size)[-1]
+        if deep is None:
+            for block in self.down_blocks:
+                skips += block(skips[-1], temb, text, num_frames)
+            deep = self.mid_block(skips[-1], temb, text, num_frames)[-1]
+            for block in self.up_blocks[:-1]:
+                skips, own = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
+                deep = block(deep, temb, text, num_frames, own, skips[-1].shape[-2:])[-1]
+        else:
+            skips += self.down_blocks[0](hidden_states, temb, text, num_frames, resample=False)
+        hidden_states = self.up_blocks[-1](deep, temb, text, num_frames, skips)[-1]
         hidden_states = self.conv_out(self.conv_act(self.conv_norm_out(hidden_states)))
         prediction = hidden_states.unflatten(0, (-1, num_frames)).transpose(1, 2)
-        return UNet2DConditionOutput(sample=prediction) if return_dict else (prediction,)
+        return UNet3DConditionOutput(prediction, deep) if return_dict else (prediction, deep)
 
 
 def frame_multiple(unet: UNet2DConditionModel) -> int:

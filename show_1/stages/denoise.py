@@ -2,12 +2,14 @@
 
 import copy
 import inspect
-from collections.abc import Generator
+import math
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.pipelines.deepfloyd_if import timesteps as deepfloyd_if
 
 from show_1.text import TextEmbeddings
 
@@ -25,7 +27,13 @@ class Step:
 
 
 class Stage(DiffusionPipeline):
-    """A part of the cascade: a diffusers pipeline whose `stream` yields its steps and returns its clip."""
+    """A part of the cascade: a diffusers pipeline whose `stream` yields its steps and returns its clip.
+
+    `rows` bounds the memory of a call of its UNet: it is given at most that many clips at once (a clip counts twice
+    under guidance), None for all. The numbers are the same.
+    """
+
+    rows: int | None = None
 
     def stream(self, *args, **kwargs) -> Generator[Step, None, torch.Tensor]:
         raise TypeError(f"{type(self).__name__} has no stream")
@@ -44,10 +52,16 @@ class Stage(DiffusionPipeline):
         return torch.randn(shape, generator=generator, dtype=self.dtype).to(self._execution_device)
 
 
-def prepare(scheduler: SchedulerMixin, steps: int, device: torch.device) -> SchedulerMixin:
-    """Return a copy of the scheduler, set to `steps` timesteps; the original stays as it was."""
+def prepare(scheduler: SchedulerMixin, steps: int, device: torch.device, schedule: str | None = None) -> SchedulerMixin:
+    """Return a copy of the scheduler, set to `steps` timesteps; the original stays as it was.
+
+    `schedule` names one of DeepFloyd IF's own lists of so many timesteps ("smart27"), instead of evenly spaced ones.
+    """
     scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(steps, device=device)
+    if schedule is None:
+        scheduler.set_timesteps(steps, device=device)
+    else:
+        scheduler.set_timesteps(timesteps=getattr(deepfloyd_if, f"{schedule}_timesteps"), device=device)
     return scheduler
 
 
@@ -62,32 +76,36 @@ def denoise(
     condition: torch.Tensor | None = None,
     noise_level: int | None = None,
     generator: torch.Generator | None = None,
+    guidance_interval: Sequence[int] | None = None,
+    reuse: int | None = None,
+    rows: int | None = None,
 ) -> Generator[Step, None, torch.Tensor]:
     """Yield every step from noise to a sample and return the sample, of `sample`'s shape.
 
     `sample` is (batch, channels, frames, height, width), or (batch, channels, height, width) for an image model;
     `condition` is set behind its channels before each call; `scheduler` comes from `prepare` and walks `timesteps`, by
     default all of its own. `guidance` is the scale of classifier-free guidance (Ho and Salimans, arXiv 2207.12598): 1
-    means none and costs half.
+    means none and costs half. `rows` is as in `Stage`.
+
+    Two measures trade exactness for speed: guidance only at the timesteps from the first to the second of
+    `guidance_interval` (arXiv 2404.07724); the UNet's deep features computed at every `reuse`-th step only and reused
+    in between (DeepCache, arXiv 2312.00858).
     """
     batch, channels = sample.shape[:2]
-    guided = guidance > 1
-    embeddings = torch.cat(
-        [e.expand(batch, -1, -1) for e in ((text.negative, text.prompt) if guided else (text.prompt,))]
-    )
-    labels = None if noise_level is None else torch.full((len(embeddings),), noise_level, device=sample.device)
+    predict = Prediction(unet, text, batch, noise_level, reuse, rows)
     learns_variance = scheduler.config.get("variance_type") in ("learned", "learned_range")
     extra: dict[str, Any] = (
         {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     )
+    timesteps = scheduler.timesteps if timesteps is None else timesteps
+    low, high = guidance_interval or (0, math.inf)
+    guided_steps = [guidance > 1 and low <= timestep <= high for timestep in timesteps.tolist()]
 
-    for timestep in scheduler.timesteps if timesteps is None else timesteps:
+    for timestep, guided in zip(timesteps, guided_steps, strict=True):
         model_input = scheduler.scale_model_input(sample, timestep)
         if condition is not None:
             model_input = torch.cat([model_input, condition], dim=1)
-        if guided:
-            model_input = torch.cat([model_input, model_input])
-        prediction = unet(model_input, timestep, encoder_hidden_states=embeddings, class_labels=labels).sample
+        prediction = predict(model_input, timestep, guided)
         noise, variance = prediction[:, :channels], prediction[:, channels:]
         if guided:
             negative, positive = noise.chunk(2)
@@ -100,6 +118,51 @@ def denoise(
         sample = _unfold(result.prev_sample, sample.shape)
         yield Step(sample, _unfold(_clean_estimate(scheduler, result), sample.shape))
     return sample
+
+
+class Prediction:
+    """The UNet's calls of one denoising: with or without the negative prompt, in parts, deep features now and then."""
+
+    def __init__(
+        self,
+        unet: torch.nn.Module,
+        text: TextEmbeddings,
+        batch: int,
+        noise_level: int | None,
+        reuse: int | None,
+        rows: int | None,
+    ):
+        self.unet, self.reuse, self.rows, self.noise_level = unet, reuse or 1, rows, noise_level
+        prompts = [states.expand(batch, -1, -1) for states in (text.negative, text.prompt)]
+        self.states = {False: prompts[1], True: torch.cat(prompts)}
+        self.deep: list[torch.Tensor | None] = []  # of each part of the batch
+        self.age = 0  # of the deep features, in steps
+        self.was_guided = False
+
+    def __call__(self, model_input: torch.Tensor, timestep: torch.Tensor, guided: bool) -> torch.Tensor:
+        """Return the prediction, the negative prompt's rows before the prompt's where it is `guided`."""
+        inputs = {
+            "sample": torch.cat([model_input, model_input]) if guided else model_input,
+            "encoder_hidden_states": self.states[guided],
+        }
+        if self.noise_level is not None:
+            inputs["class_labels"] = torch.full((len(inputs["sample"]),), self.noise_level, device=model_input.device)
+        rows = self.rows or len(inputs["sample"])
+        parts = list(zip(*(tensor.split(rows) for tensor in inputs.values()), strict=True))
+        if self.age % self.reuse == 0 or guided != self.was_guided:  # other rows: their deep features are not there
+            self.deep, self.age = [None] * len(parts), 0
+        self.was_guided, self.age = guided, self.age + 1
+        predictions = []
+        for n, part in enumerate(parts):
+            clip, *others = part
+            options = dict(zip(list(inputs)[1:], others, strict=True))
+            if self.deep[n] is not None:
+                options["deep"] = self.deep[n]
+            output = self.unet(clip, timestep, **options)
+            predictions.append(output.sample)
+            if self.reuse > 1:
+                self.deep[n] = output.deep
+        return predictions[0] if len(predictions) == 1 else torch.cat(predictions)
 
 
 def _fold(clip: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Stage 2: three new frames between each pair of neighbouring keyframes."""
 
 from collections.abc import Generator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,14 @@ class InterpolationPipeline(Stage):
 
     @torch.no_grad()
     def stream(
-        self, text: TextEmbeddings, keyframes: torch.Tensor, *, steps: int, guidance: float, seed: int
+        self,
+        text: TextEmbeddings,
+        keyframes: torch.Tensor,
+        *,
+        steps: int,
+        guidance: float,
+        seed: int,
+        **measures: Any,
     ) -> Generator[Step, None, torch.Tensor]:
         """Yield `steps` steps; return (1, 3, 4·(n − 1) + 1, height, width) in [−1, 1] for n keyframes.
 
@@ -46,6 +54,8 @@ class InterpolationPipeline(Stage):
             guidance,
             condition=torch.cat([between, mask], dim=1),
             generator=generator,
+            rows=self.rows,
+            **measures,
         )
         return self.join(segments)
 

@@ -1,6 +1,7 @@
 """Stage 1: text to a few keyframes, far apart in time."""
 
 from collections.abc import Generator
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
@@ -32,10 +33,26 @@ class KeyframesPipeline(Stage):
 
     @torch.no_grad()
     def stream(
-        self, text: TextEmbeddings, *, frames: int, height: int, width: int, steps: int, guidance: float, seed: int
+        self,
+        text: TextEmbeddings,
+        *,
+        frames: int,
+        height: int,
+        width: int,
+        steps: int,
+        guidance: float,
+        seed: int,
+        **measures: Any,
     ) -> Generator[Step, None, torch.Tensor]:
-        """Yield `steps` steps; return the keyframes, (1, 3, frames, height, width) in [−1, 1]."""
+        """Yield `steps` steps; return the keyframes, (1, 3, frames, height, width) in [−1, 1].
+
+        `measures` are those of `denoise` that trade exactness for speed, as in all stages.
+        """
         scheduler = prepare(self.scheduler, steps, self._execution_device)
         generator = torch.Generator().manual_seed(seed)
         sample = self.noise((1, 3, frames, height, width), generator) * scheduler.init_noise_sigma
-        return (yield from denoise(self.unet, scheduler, sample, text, guidance, generator=generator))
+        return (
+            yield from denoise(
+                self.unet, scheduler, sample, text, guidance, generator=generator, rows=self.rows, **measures
+            )
+        )

@@ -1,6 +1,7 @@
 """Stage 4: to the final size, in the latent space of an autoencoder."""
 
 from collections.abc import Generator
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin
@@ -15,7 +16,12 @@ from show_1.video import from_uint8, to_uint8
 
 
 class LatentUpscalePipeline(Stage):
-    """Enlarges a clip plainly and redraws its detail (arXiv 2309.15818, section 3.5; SDEdit, arXiv 2108.01073)."""
+    """Enlarges a clip plainly and redraws its detail (arXiv 2309.15818, section 3.5; SDEdit, arXiv 2108.01073).
+
+    `vae_frames` bounds the memory of a call of the autoencoder: it is given at most that many frames at once.
+    """
+
+    vae_frames: int = 1
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
 
@@ -46,6 +52,7 @@ class LatentUpscalePipeline(Stage):
         strength: float,
         guidance: float,
         seed: int,
+        **measures: Any,
     ) -> Generator[Step, None, torch.Tensor]:
         """Yield the last `int(steps · strength)` steps; return (1, 3, frames, height, width), about [−1, 1].
 
@@ -60,21 +67,29 @@ class LatentUpscalePipeline(Stage):
         latents = scheduler.add_noise(latents, noise, timesteps[:1])
         sample = latents.transpose(0, 1)[None]
         latents = yield from denoise(
-            self.unet, scheduler, sample, text, guidance, timesteps=timesteps, generator=generator
+            self.unet,
+            scheduler,
+            sample,
+            text,
+            guidance,
+            timesteps=timesteps,
+            generator=generator,
+            rows=self.rows,
+            **measures,
         )
         return self.decode(latents)
 
     def _encode_frames(self, frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         frames = frames.to(self._execution_device, self.dtype)
-        # One by one, for the encoder's memory grows with its batch; the draw below is that of one batch all the same.
-        moments = torch.cat([self.vae.encode(frame[None]).latent_dist.parameters for frame in frames])
+        # In parts, for the encoder's memory grows with its batch; the draw below is that of one batch all the same.
+        moments = torch.cat([self.vae.encode(f).latent_dist.parameters for f in frames.split(self.vae_frames)])
         return DiagonalGaussianDistribution(moments).sample(generator) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Return the frames of (1, channels, frames, height, width) latents, (1, 3, frames, ...), about [−1, 1]."""
         frames = latents[0].transpose(0, 1) / self.vae.config.scaling_factor
-        decoded = [self.vae.decode(frame[None]).sample for frame in frames]
+        decoded = [self.vae.decode(part).sample for part in frames.split(self.vae_frames)]
         return torch.cat(decoded).transpose(0, 1)[None]
 
 

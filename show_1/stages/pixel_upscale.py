@@ -1,6 +1,7 @@
 """Stage 3: four times the size in pixels, from a sharp first frame on."""
 
 from collections.abc import Generator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +50,19 @@ class PixelUpscalePipeline(Stage):
 
     @torch.no_grad()
     def stream_first_frame(
-        self, text: TextEmbeddings, image: torch.Tensor, *, steps: int, guidance: float, noise_level: int, seed: int
+        self,
+        text: TextEmbeddings,
+        image: torch.Tensor,
+        *,
+        steps: int,
+        guidance: float,
+        noise_level: int,
+        seed: int,
+        schedule: str | None = None,
+        **measures: Any,
     ) -> Generator[Step, None, torch.Tensor]:
         """Yield `steps` steps; return the (1, 3, height, width) `image` enlarged, (1, 3, 4·height, 4·width)."""
-        scheduler = prepare(self.first_frame_scheduler, steps, self._execution_device)
+        scheduler = prepare(self.first_frame_scheduler, steps, self._execution_device, schedule)
         generator = torch.Generator().manual_seed(seed)
         enlarged = _enlarge(image)
         sample = self.noise(enlarged.shape, generator) * scheduler.init_noise_sigma
@@ -68,6 +78,8 @@ class PixelUpscalePipeline(Stage):
                 condition=condition,
                 noise_level=noise_level,
                 generator=generator,
+                rows=self.rows,
+                **measures,
             )
         )
 
@@ -82,6 +94,7 @@ class PixelUpscalePipeline(Stage):
         guidance: float,
         noise_level: int,
         seed: int,
+        **measures: Any,
     ) -> Generator[Step, None, torch.Tensor]:
         """Yield `steps` steps a window; return (1, 3, frames, 4·height, 4·width) in [−1, 1].
 
@@ -106,6 +119,8 @@ class PixelUpscalePipeline(Stage):
                 condition=condition,
                 noise_level=noise_level,
                 generator=generator,
+                rows=self.rows,
+                **measures,
             )
             lead = upscaled[:, :, -1]
             windows.append(upscaled)

@@ -1,0 +1,320 @@
+"""Our way of making a video against the original's, side by side: `python -m benchmarks.cascade --help`.
+
+Every round runs each stage the original's way, then ours, on the same input; after the warm-up rounds the medians are
+taken. Seconds are wall clock, with the device's queue empty at both ends; TFLOP are counted by PyTorch, on the
+original's first round. An interrupted run keeps its finished rounds.
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import models
+from benchmarks.ways import STAGES, Original, Ours, made_up_clips
+from show_1 import Cascade, Show1Error, hub, placement
+from show_1.command_line import DTYPES
+from show_1.pipeline import check_device, default_cascade
+
+MEASURES = ("steps", "schedule", "guidance_interval", "reuse")  # of a fast cascade; steps take their schedule along
+
+
+class Clock:
+    """Runs something and tells its seconds and, on a GPU, the peak memory meanwhile."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __call__(self, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        began = time.perf_counter()
+        made = work()
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize()
+        told = {"seconds": time.perf_counter() - began}
+        if cuda:
+            told["peak_allocated_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            told["peak_reserved_gb"] = torch.cuda.max_memory_reserved(self.device) / 1e9
+        return made, told
+
+
+def compare(original: Original, ours: Ours, clock: Clock, stages: list[str], rounds: int, warmups: int) -> dict:
+    """Return per stage and end to end what `rounds` rounds after `warmups` have told; see `summary`."""
+    pipeline = ours.pipeline
+    clips = made_up_clips(pipeline.cascade, clock.device, pipeline.keyframes.dtype)
+    told: list[dict] = []  # of each finished round: {"ours": {stage: {...}}, "original": {...}}
+    tflop, difference = {}, {}
+    try:
+        for number in range(warmups + rounds):
+            this = {"original": {}, "ours": {}}
+            for stage in stages:
+                if stage != "text":
+                    with FlopCounterMode(display=False) if number == 0 else torch.no_grad() as counter:
+                        theirs, this["original"][stage] = clock(lambda stage=stage: original.run(stage, clips))
+                    if number == 0:
+                        tflop[stage] = counter.get_total_flops() / 1e12
+                mine, this["ours"][stage] = clock(lambda stage=stage: ours.run(stage, clips))
+                if stage != "text" and number == 0:
+                    difference[stage] = distance(mine, theirs)
+                    clips[stage] = mine
+            told.append(this)
+            print(f"round {number + 1} of {warmups + rounds}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("Interrupted; what follows is of the finished rounds.", file=sys.stderr)
+    return summary(told[warmups:] or told[1:], told[:1], stages, tflop, difference)
+
+
+def summary(told: list[dict], first: list[dict], stages: list[str], tflop: dict, difference: dict) -> dict:
+    """Return the medians: {"stages": {stage: {...}}, "original_seconds", "seconds", "ratio", "rounds", ...}."""
+    if not told:
+        raise Show1Error("No round after the first is finished.", "Let it run longer, or give --warmups and --rounds.")
+
+    def median(way: str, stage: str, key: str) -> float | None:
+        values = [r[way][stage][key] for r in told if key in r[way].get(stage, {})]
+        return statistics.median(values) if values else None
+
+    rows = {}
+    for stage in stages:
+        row = {
+            "original_seconds": median("original", stage, "seconds"),
+            "seconds": median("ours", stage, "seconds"),
+            "tflop": tflop.get(stage),
+            "difference": difference.get(stage),
+            "original_peak_gb": median("original", stage, "peak_allocated_gb"),
+            "peak_gb": median("ours", stage, "peak_allocated_gb"),
+            "peak_reserved_gb": median("ours", stage, "peak_reserved_gb"),
+        }
+        if row["original_seconds"]:
+            row["ratio"] = row["original_seconds"] / row["seconds"]
+        if row["tflop"]:
+            row["tflops"] = row["tflop"] / row["seconds"]
+        rows[stage] = {key: value for key, value in row.items() if value is not None}
+    totals = {
+        way: statistics.median(sum(s["seconds"] for s in r[way].values()) for r in told) for way in ("original", "ours")
+    }
+    cold = sum(s["seconds"] for s in first[0]["ours"].values())
+    return {
+        "stages": rows,
+        "original_seconds": totals["original"],
+        "seconds": totals["ours"],
+        "ratio": totals["original"] / totals["ours"],
+        "rounds": len(told),
+        "first_video_seconds": cold,  # libraries warming up and graphs being recorded included
+    }
+
+
+def measure_by_measure(fast: Cascade, exact: Cascade, ours: Ours, clock: Clock, rounds: int, warmups: int) -> dict:
+    """Return for each measure of the fast cascade, alone and all together, its seconds and how far its video is off.
+
+    The distance is the peak signal-to-noise ratio to the exact cascade's video of the same seed, in decibels.
+    """
+    rows, reference, seconds = {}, None, None
+    for name, cascade in measures(fast, exact).items():
+        ours.pipeline.cascade = cascade
+        times = []
+        for number in range(warmups + rounds):
+            result, told = clock(lambda: video(ours))
+            if number >= warmups:
+                times.append(told["seconds"])
+        if name == "exact":
+            reference, seconds = result, statistics.median(times)
+        rows[name] = {"seconds": statistics.median(times), "speed": seconds / statistics.median(times)}
+        if name != "exact":
+            rows[name]["psnr_db"] = distance(result, reference)["psnr_db"]
+    return rows
+
+
+def measures(fast: Cascade, exact: Cascade) -> dict[str, Cascade]:
+    """Return the exact cascade, then one with each measure of the fast one alone, then the fast one."""
+    variants, mine, theirs = {"exact": exact}, fast.settings(), exact.settings()
+    stages = STAGES[1:]
+    for measure in MEASURES:
+        if measure == "schedule":
+            continue
+        changed = {}
+        for stage in stages:
+            keys = (measure, "schedule") if measure == "steps" else (measure,)
+            new = {key: mine[stage][key] for key in keys if key in mine[stage]}
+            changed[stage] = dataclasses.replace(getattr(exact, stage), **new)
+        if any(changed[stage] != getattr(exact, stage) for stage in stages):
+            variants[measure] = dataclasses.replace(exact, **changed)
+    assert mine.keys() == theirs.keys()
+    return variants | {"all": fast}
+
+
+def video(ours: Ours) -> torch.Tensor:
+    """Make a whole video, stage by stage, and return it."""
+    clips: dict[str, torch.Tensor] = {}
+    for stage in STAGES:
+        clips[stage] = ours.run(stage, clips)
+    return clips[STAGES[-1]]
+
+
+def distance(one: torch.Tensor, another: torch.Tensor) -> dict[str, float]:
+    """Return the largest difference of two clips in [−1, 1] and their peak signal-to-noise ratio in decibels."""
+    gap = (one.double() - another.double()).abs()
+    error = gap.square().mean().item()
+    return {"max": gap.max().item(), "psnr_db": 10 * float(np.log10(4 / error)) if error > 0 else None}
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the TFLOP/s of a large matrix product, the most that this device has to give; the best of a few."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device).to(dtype)
+    clock = Clock(device)
+    return max(2 * size**3 / clock(lambda: a @ a)[1]["seconds"] for _ in range(5)) / 1e12
+
+
+def table(found: dict) -> str:
+    """Return what was found as Markdown."""
+    lines = [
+        f"{found['cascade']} ({found['weights']} weights) on {found['device']}, {found['dtype']}, "
+        f"torch {found['torch']}; median of {found['rounds']} rounds; {found['placement']}.",
+        "",
+        "| stage | original s | ours s | ratio | TFLOP/s | of matmul peak | peak GB | largest difference |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for stage, row in found["stages"].items():
+        share = f"{row['tflops'] / found['matmul_peak_tflops']:.0%}" if "tflops" in row else ""
+        cells = [
+            stage.replace("_", " "),
+            _number(row.get("original_seconds")),
+            _number(row["seconds"]),
+            _number(row.get("ratio")),
+            _number(row.get("tflops")),
+            share,
+            _number(row.get("peak_gb")),
+            f"{row['difference']['max']:.1e}" if "difference" in row else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    totals = (_number(found[key]) for key in ("original_seconds", "seconds", "ratio"))
+    lines.append(f"| **end to end** | {' | '.join(totals)} | | | | |")
+    lines += ["", f"First video {_number(found['first_video_seconds'])} s, loading {_number(found['load_seconds'])} s."]
+    if "measures" in found:
+        lines += ["", "| measure | s | times as fast | PSNR to the exact video, dB |", "| --- | --- | --- | --- |"]
+        for name, row in found["measures"].items():
+            cells = [name.replace("_", " "), *(_number(row.get(key)) for key in ("seconds", "speed", "psnr_db"))]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(found: dict, file: Path) -> None:
+    """Draw the seconds of both ways, a pair of bars a stage."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise Show1Error("The plot needs matplotlib.", "pip install -r requirements-benchmarks.txt") from None
+    stages = [stage for stage in found["stages"] if stage != "text"]
+    places = np.arange(len(stages))
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    for way, key, shift in (("original's way", "original_seconds", -0.2), ("ours", "seconds", 0.2)):
+        axes.bar(places + shift, [found["stages"][stage][key] for stage in stages], 0.4, label=way)
+    axes.set_xticks(places, [stage.replace("_", " ") for stage in stages])
+    axes.set_ylabel("seconds")
+    axes.set_title(f"{found['cascade']} on {found['device']}: {found['ratio']:.1f} times as fast end to end")
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def main() -> int:
+    try:
+        _run(_parser().parse_args())
+    except Show1Error as error:
+        print(f"{error.problem}\n{error.remedy}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cascade", description=__doc__.splitlines()[0])
+    parser.add_argument("--cascade", metavar="NAME|FILE", help=f"{', '.join(Cascade.names())}, or a TOML file")
+    parser.add_argument("--weights", choices=("own", "random"), default="own", help="random: full size, no download")
+    parser.add_argument("--stages", metavar="A,B", default=",".join(STAGES[1:]), help="default: %(default)s")
+    parser.add_argument("--device", help="default: cuda where there is one")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on the CPU")
+    parser.add_argument("--memory", metavar="12GB", help="measure the tier of a smaller card; default: what is free")
+    parser.add_argument("--rounds", type=int, default=5, help="how many count; default: %(default)s")
+    parser.add_argument("--warmups", type=int, default=2, help="how many go before; default: %(default)s")
+    parser.add_argument("--measures", action="store_true", help="of a fast cascade: what each measure gains and costs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the seconds of both ways there")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    device = check_device(arguments.device)
+    name = arguments.cascade or default_cascade(device)
+    cascade = Cascade.load(name)
+    # The original knows no measures: a fast cascade is held against the exact one that it is made of.
+    exact = Cascade.load(name.removesuffix("-fast")) if name in Cascade.names() else cascade
+    stages = ["text", *(part.strip() for part in arguments.stages.split(","))]
+    if unknown := set(stages) - set(STAGES):
+        raise Show1Error(f"There is no stage {sorted(unknown)[0]!r}.", f"Known are {', '.join(STAGES[1:])}.")
+    if arguments.rounds < 1 or arguments.warmups < 0:
+        raise Show1Error("There must be a round to measure.", "Give --rounds 1 or more, --warmups 0 or more.")
+    if arguments.measures and exact == cascade:
+        raise Show1Error(f"{cascade.name} has no measures to compare.", "Take show-1-fast or mini-fast.")
+    random = arguments.weights == "random"
+    if random and device.type == "cpu":
+        raise Show1Error("Full-size models take hours on a CPU.", "Run this where a GPU is, or take the cascade mini.")
+    dtype = DTYPES.get(arguments.dtype) or (torch.float16 if device.type == "cuda" else torch.float32)
+
+    began = time.perf_counter()
+    weights = placement.SHOW_1 if random else placement.weight_bytes(cascade, hub.fetch(cascade), dtype)
+    tier = placement.choose(cascade, device, weights, arguments.memory)
+    original = Original(models.load(exact, device, dtype, random), device)
+    loaded = time.perf_counter()
+    pipeline = models.load(cascade, device, dtype, random)
+    pipeline.offload_hooks = placement.place(pipeline, tier, device)
+    load_seconds = time.perf_counter() - loaded
+    ours, clock = Ours(pipeline), Clock(device)
+    found = {
+        "cascade": cascade.name,
+        "weights": arguments.weights,
+        "device": _device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "placement": tier.name,
+        "matmul_peak_tflops": matmul_peak(device, dtype),
+        "load_seconds": load_seconds,
+    }
+    with torch.no_grad():
+        found |= compare(original, ours, clock, stages, arguments.rounds, arguments.warmups)
+        if arguments.measures:
+            found["measures"] = measure_by_measure(cascade, exact, ours, clock, arguments.rounds, arguments.warmups)
+    found["minutes"] = (time.perf_counter() - began) / 60
+    if device.type == "cpu":
+        found["peak_process_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(table(found))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    if arguments.plot is not None:
+        plot(found, arguments.plot)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""The two ways of working that are compared: ours, and the original program's, stage by stage."""
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+from diffusers.models.resnet import TemporalConvLayer
+from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
+
+from show_1 import Show1Pipeline
+from show_1.models import unet_3d_condition
+from show_1.pipeline import measures
+from show_1.text import TextEmbeddings
+
+STAGES = ("text", "keyframes", "interpolation", "first_frame", "pixel_upscale", "latent_upscale")
+PROMPT, SEED = "a panda jumping in the snow", 1
+
+
+class Ours:
+    """A pipeline as it is: the prompt encoded once, segments as one batch, models where `placement` has put them."""
+
+    def __init__(self, pipeline: Show1Pipeline):
+        self.pipeline, self.text = pipeline, None
+
+    def run(self, stage: str, clips: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Run one stage on what the stages before it have made, and return what it makes."""
+        if stage == "text":
+            for hook in self.pipeline.offload_hooks:
+                hook.offload()
+            self.text = self.pipeline.keyframes.encode(PROMPT)
+            return self.text.prompt
+        return self.video_stage(stage, clips)
+
+    def video_stage(self, stage: str, clips: dict[str, torch.Tensor]) -> torch.Tensor:
+        pipeline, text, table = self.pipeline, self.text, getattr(self.pipeline.cascade, stage)
+        settings = {"steps": table.steps, "guidance": table.guidance, "seed": SEED} | measures(table)
+        if stage == "keyframes":
+            size = {"frames": table.frames, "height": table.height, "width": table.width}
+            return pipeline.keyframes(text, **size, **settings)
+        if stage == "interpolation":
+            return self.interpolate(text, clips["keyframes"], settings)
+        if stage == "first_frame":
+            stream = pipeline.pixel_upscale.stream_first_frame(
+                text, clips["interpolation"][:, :, 0], noise_level=table.noise_level, **settings
+            )
+            return _result(stream)
+        if stage == "pixel_upscale":
+            small, first = clips["interpolation"], clips["first_frame"]
+            return pipeline.pixel_upscale(text, small, first, noise_level=table.noise_level, **settings)
+        settings |= {"height": table.height, "width": table.width, "strength": table.strength}
+        text = pipeline.latent_upscale.encode(PROMPT, table.negative_prompt)
+        return pipeline.latent_upscale(text, clips["pixel_upscale"], **settings)
+
+    def interpolate(self, text: TextEmbeddings, keyframes: torch.Tensor, settings: dict) -> torch.Tensor:
+        return self.pipeline.interpolation(text, keyframes, **settings)
+
+
+class Original(Ours):
+    """The original's way of working, with our stages: moves, encodes and loops as it did, in eager mode.
+
+    `pipeline` is on the CPU. Each stage encodes the prompt anew, its models are moved to the device and back around it
+    (diffusers' model offloading, as there), the segments run one by one, the autoencoder takes one frame at a time, and
+    the temporal layers are diffusers' own.
+    """
+
+    def __init__(self, pipeline: Show1Pipeline, device: torch.device):
+        super().__init__(pipeline)
+        self.offloaded = ()
+        if device.type == "cpu":
+            return
+        self.offloaded = tuple(getattr(pipeline, stage) for stage in STAGES[1:] if stage != "first_frame")
+        for stage in self.offloaded:
+            stage.enable_model_cpu_offload(device=device)
+
+    def run(self, stage: str, clips: dict[str, torch.Tensor]) -> torch.Tensor:
+        with diffusers_temporal_layers():
+            if stage != "latent_upscale":  # which encodes with CLIP, as ours does
+                self.text = self.pipeline.keyframes.encode(PROMPT)
+                if stage != "keyframes":
+                    self._free()
+            made = self.video_stage(stage, clips)
+            self._free()
+        return made
+
+    def interpolate(self, text: TextEmbeddings, keyframes: torch.Tensor, settings: dict) -> torch.Tensor:
+        pairs = (keyframes[:, :, i : i + 2] for i in range(keyframes.shape[2] - 1))
+        segments = [self.pipeline.interpolation(text, pair, **settings) for pair in pairs]
+        return torch.cat([*(segment[:, :, :-1] for segment in segments[:-1]), segments[-1]], dim=2)
+
+    def _free(self) -> None:
+        for stage in self.offloaded:
+            stage.maybe_free_model_hooks()
+
+
+@contextlib.contextmanager
+def diffusers_temporal_layers() -> Iterator[None]:
+    """Compute the temporal layers as diffusers does: 3D convolutions, and a copy into and out of every layer."""
+
+    def transform(self, hidden_states: torch.Tensor, num_frames: int) -> torch.Tensor:
+        return TransformerTemporalModel.forward(self, hidden_states, num_frames=num_frames).sample
+
+    with (
+        mock.patch.object(unet_3d_condition.TemporalConv, "forward", TemporalConvLayer.forward),
+        mock.patch.object(unet_3d_condition.TemporalTransformer, "forward", transform),
+    ):
+        yield
+
+
+def made_up_clips(cascade, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Return random clips in the shapes that the stages pass on, for stages whose predecessors are not run."""
+    table = cascade.keyframes
+    frames = 4 * (table.frames - 1) + 1
+    shapes = {
+        "keyframes": (1, 3, table.frames, table.height, table.width),
+        "interpolation": (1, 3, frames, table.height, table.width),
+        "first_frame": (1, 3, 4 * table.height, 4 * table.width),
+        "pixel_upscale": (1, 3, frames, 4 * table.height, 4 * table.width),
+    }
+    generator = torch.Generator().manual_seed(SEED)
+    return {
+        stage: (2 * torch.rand(shape, generator=generator) - 1).to(device, dtype) for stage, shape in shapes.items()
+    }
+
+
+def _result(stream) -> torch.Tensor:
+    while True:
+        try:
+            next(stream)
+        except StopIteration as end:
+            return end.value

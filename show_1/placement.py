@@ -1,0 +1,173 @@
+"""What sits where: how a cascade's models share the memory of a device, chosen by how much of it is free.
+
+Every tier gives the same frames, to rounding: what does not fit waits in the computer's memory (accelerate's and
+diffusers' hooks move it), and what is computed at once is computed in parts.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import UserCpuOffloadHook
+from diffusers.hooks import apply_group_offloading
+
+from show_1 import hub
+from show_1.cascade import STAGES, Cascade
+from show_1.errors import Show1Error
+from show_1.graphs import Graphed
+
+if TYPE_CHECKING:
+    from show_1.pipeline import Show1Pipeline
+
+GB = 10**9
+UNITS = {"MB": 10**6, "GB": GB, "MIB": 2**20, "GIB": 2**30}
+SHOW_1 = 26 * GB  # Show-1's weight files, in half precision: what the tiers' figures are for
+CARD = 0.88  # the share of a card's nominal memory that is free when nothing else runs on it
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One way to share a device's memory.
+
+    `memory` is the nominal memory in GB of the smallest card that runs Show-1 this way. `one_at_a_time`: T5 and the
+    UNets are on the device only while they work, so T5 leaves once the prompt is encoded. `text_by_layer`: of T5, only
+    the layer at work. `unets_by_block`: of a UNet, its middle and the down or up block at work. `rows` and `vae_frames`
+    are as in the stages.
+    """
+
+    name: str
+    memory: float
+    one_at_a_time: bool = False
+    text_by_layer: bool = False
+    unets_by_block: bool = False
+    rows: int | None = None
+    vae_frames: int = 1
+
+    def needs(self, weights: int) -> int:
+        """Return the bytes that must be free for a cascade of so many bytes of weights."""
+        # In proportion to Show-1, since what is computed grows with the models.
+        return int(self.memory * GB * CARD * weights / SHOW_1)
+
+
+# Of a GPU with memory of its own, the fastest first. In GB, Show-1 in half precision is 24, of that T5 9.5, the largest
+# UNet 3.5, CLIP and the VAE, which always stay, 0.9. What the UNets work with comes to 3.5 at most, 1.8 in single rows
+# (counted on the meta device, in eager mode; not yet measured: `python -m benchmarks.cascade --memory 12GB` does that).
+TIERS = (
+    Tier("all on the GPU", 40, vae_frames=8),
+    Tier("one model at a time", 16, one_at_a_time=True, vae_frames=4),
+    Tier("one model at a time, T5 by layer", 12, one_at_a_time=True, text_by_layer=True, vae_frames=2),
+    Tier("one model at a time, T5 by layer, single rows", 8, one_at_a_time=True, text_by_layer=True, rows=1),
+    Tier("streamed", 6, text_by_layer=True, unets_by_block=True, rows=1),
+)
+# Where the device computes in the computer's own memory (CPU, Apple), to move a model out would free nothing.
+IN_PLACE = Tier("in place", 36)
+
+
+def choose(cascade: Cascade, device: torch.device, weights: int, memory: str | None = None) -> Tier:
+    """Return the tier that suits the free memory of the device, or `memory` ("12GB") instead.
+
+    `weights` is the size of the models in bytes, as they will be on the device. Raises Show1Error if no tier fits, and
+    for a `memory` that is nonsense or more than there is.
+    """
+    free, total = device_memory(device)
+    if memory is not None:
+        free = int(parse_memory(memory, total) * CARD)
+    tiers = (IN_PLACE,) if device.type in ("cpu", "mps") else TIERS
+    for tier in tiers:
+        if tier.needs(weights) <= free:
+            return tier
+    raise Show1Error(
+        f"{cascade.name} needs {_shown(tiers[-1].needs(weights))} of free memory on {device.type} at the least; "
+        f"there are {_shown(free)}.",
+        "Close other programs, choose another device, or take the cascade mini.",
+    )
+
+
+def place(pipeline: "Show1Pipeline", tier: Tier, device: torch.device) -> list[UserCpuOffloadHook]:
+    """Put the models where the tier wants them; return the hooks of those that come and go."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # as the hooks will see it
+    stages = (pipeline.keyframes, pipeline.interpolation, pipeline.pixel_upscale, pipeline.latent_upscale)
+    for stage in stages:
+        stage.rows = tier.rows
+    pipeline.latent_upscale.vae_frames = tier.vae_frames
+
+    text_encoder = pipeline.keyframes.text_encoder
+    unets = [pipeline.keyframes.unet, pipeline.interpolation.unet]  # in the order in which they work
+    unets += [pipeline.pixel_upscale.first_frame_unet, pipeline.pixel_upscale.unet, pipeline.latent_upscale.unet]
+    coming_and_going = ([] if tier.text_by_layer else [text_encoder]) + unets if tier.one_at_a_time else []
+    where = {"onload_device": device, "offload_device": torch.device("cpu")}
+    streamed = []
+    if tier.text_by_layer:
+        stream = device.type == "cuda"  # fetches the next layer meanwhile
+        apply_group_offloading(
+            text_encoder,
+            **where,
+            offload_type="leaf_level",
+            use_stream=stream,
+            record_stream=stream,
+            low_cpu_mem_usage=stream,  # pins what is on its way, not a second copy of everything
+        )
+        streamed.append(text_encoder)
+    if tier.unets_by_block:
+        for unet in unets:
+            # No leaves: the temporal convolutions read their weights themselves. No stream: it would fetch the blocks
+            # in the order of the first call, and calls with reused features leave some out.
+            apply_group_offloading(unet, **where, offload_type="block_level", num_blocks_per_group=1)
+        streamed += unets
+    hooks = []
+    for model in coming_and_going:
+        hooks.append(cpu_offload_with_hook(model, device, hooks[-1] if hooks else None)[1])
+    elsewhere = {id(model) for model in (*coming_and_going, *streamed)}
+    for stage in stages:
+        for model in stage.components.values():
+            if isinstance(model, torch.nn.Module) and id(model) not in elsewhere:
+                model.to(device)
+    if device.type == "cuda" and not elsewhere:  # a graph knows its weights by their addresses: they must stay
+        for unet in unets:
+            unet.forward = Graphed(unet.forward)
+    return hooks
+
+
+def weight_bytes(cascade: Cascade, folders: Mapping[str, Path], dtype: torch.dtype) -> int:
+    """Return the bytes of the cascade's weight files, were they of this dtype (they are in half precision)."""
+    size = 0
+    for table in STAGES:
+        folder = folders[table]
+        for component in set(hub.COMPONENTS[table]) & set(hub.MODELS):
+            for name in hub.weights_in(folder, table, component, hub.variant(cascade, table)).names:
+                size += (folder / component / name).stat().st_size
+    return size * dtype.itemsize // 2
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Return the free and the total memory of a device, in bytes."""
+    if device.type == "mps":
+        total = torch.mps.recommended_max_memory()
+        return total - torch.mps.driver_allocated_memory(), total
+    if device.type == "cpu":
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
+    return torch.get_device_module(device).mem_get_info(device)
+
+
+def parse_memory(memory: str, total: int) -> int:
+    """Return "12GB" as bytes; raise Show1Error for nonsense and for more than the `total` that there is."""
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)\s*([GM]i?B)", memory.strip(), re.IGNORECASE | re.ASCII)
+    size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
+    if size == 0:
+        raise Show1Error(f"The memory cannot be {memory!r}.", 'Give a size like "12GB" or "800MB".')
+    if size > total * 1.1:  # what is sold as 12 GB may show a little less
+        raise Show1Error(
+            f"The memory cannot be {memory!r}: the device has {_shown(total)}.", "Give less, or leave it out."
+        )
+    return size
+
+
+def _shown(size: int) -> str:
+    return f"{size / GB:.1f} GB" if size >= GB else f"{size / 10**6:.0f} MB"

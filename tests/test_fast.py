@@ -1,0 +1,158 @@
+"""Measures that trade exactness for speed do what they say; the benchmark runs and tells the truth about two ways."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import cascade as benchmark
+from benchmarks.models import load
+from show_1 import Cascade, Show1Error, Show1Pipeline
+from show_1.pipeline import measures
+from tests import tiny
+from tests.test_models import FAMILIES, _inputs, _unet
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_cascade) -> Show1Pipeline:
+    return Show1Pipeline.from_cascade(tiny_cascade, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_reused_features_of_the_same_step_change_nothing(family):
+    unet = _unet(family)
+    inputs = _inputs(unet, torch.float32)
+    full = unet(**inputs)
+    assert torch.equal(unet(**inputs, deep=full.deep).sample, full.sample)
+    assert not torch.equal(unet(**inputs, deep=full.deep + 1).sample, full.sample)
+
+
+def test_reuse_and_guidance_interval_leave_work_out(pipeline):
+    """Full calls at every second step and where guidance goes on or off; two clips a call only under guidance."""
+    stage, rows, full = pipeline.keyframes, [], []
+    text = stage.encode(tiny.PROMPT)
+    handles = (
+        stage.unet.register_forward_pre_hook(lambda m, args: rows.append(len(args[0]))),
+        stage.unet.mid_block.register_forward_pre_hook(lambda m, args: full.append(len(rows))),
+    )
+    size = {"frames": 2, "height": 4, "width": 6, "guidance": 2.0, "seed": 1}
+    clip = stage(text, steps=6, guidance_interval=[400, 700], reuse=2, **size)
+    for handle in handles:
+        handle.remove()
+    assert rows == [1, 1, 2, 2, 1, 1]  # timesteps about 990, 825, 660, 495, 330, 165
+    assert full == [1, 3, 5]
+    assert not torch.equal(clip, stage(text, steps=6, **size))
+
+
+def test_measures_are_keys_that_may_be_left_out():
+    exact, fast = Cascade.load("show-1"), Cascade.load("show-1-fast")
+    assert measures(exact.keyframes) == {}
+    assert measures(fast.keyframes) == {"guidance_interval": [174, 885], "reuse": 2}
+    assert measures(fast.first_frame)["schedule"] == "smart27"
+    assert Cascade.from_settings(json.loads(json.dumps(fast.settings())), fast.file).settings() == fast.settings()
+    changed = exact.override(["keyframes.guidance_interval=[100, 900]", "pixel_upscale.reuse=3"])
+    assert changed.keyframes.guidance_interval == [100, 900]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("keyframes.guidance_interval=[900, 100]", "two whole numbers from 0 to 999"),
+        ("keyframes.guidance_interval=[1, 2, 3]", "two whole numbers"),
+        ("keyframes.guidance_interval=[0.5, 2]", "two whole numbers"),
+        ("keyframes.guidance_interval=5", "two whole numbers"),
+        ("pixel_upscale.reuse=1", "from 2 to 10"),
+        ("first_frame.schedule=smart", "one of fast27, smart27"),
+        ("first_frame.schedule=smart27", "does not have steps = 50 steps"),
+        ("first_frame.reuse=2", "no key"),
+    ],
+)
+def test_measures_out_of_range(assignment, words):
+    with pytest.raises(Show1Error, match=words):
+        Cascade.load("show-1").override([assignment])
+
+
+def test_schedule_is_the_authors_list(pipeline):
+    text, image = pipeline.keyframes.encode(tiny.PROMPT), torch.zeros(1, 3, 4, 6)
+    seen = []
+    handle = pipeline.pixel_upscale.first_frame_unet.register_forward_pre_hook(lambda m, args: seen.append(args[1]))
+    stream = pipeline.pixel_upscale.stream_first_frame(
+        text, image, steps=27, guidance=1.0, noise_level=150, seed=1, schedule="smart27"
+    )
+    assert len(list(stream)) == 27
+    handle.remove()
+    assert [int(t) for t in seen[:3]] == [999, 976, 952]
+    assert int(seen[-1]) == 0
+
+
+# --- The benchmark
+
+
+def _benchmark(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["benchmarks.cascade", *map(str, arguments)])
+    return benchmark.main()
+
+
+def test_both_ways_give_the_same_video(monkeypatch, one_step_cascade, tmp_path, capsys):
+    file = tmp_path / "found.json"
+    settings = ["--cascade", one_step_cascade, "--device", "cpu", "--dtype", "float64", "--warmups", 0, "--rounds", 1]
+    assert _benchmark(monkeypatch, *settings, "--json", file) == 0, capsys.readouterr().err
+    found = json.loads(file.read_text())
+    assert found["ratio"] == found["original_seconds"] / found["seconds"] > 0
+    assert list(found["stages"]) == [
+        "text",
+        "keyframes",
+        "interpolation",
+        "first_frame",
+        "pixel_upscale",
+        "latent_upscale",
+    ]
+    for stage, row in found["stages"].items():
+        assert row["seconds"] > 0
+        if stage != "text":
+            assert row["difference"]["max"] < 1e-6, stage
+            assert row["tflop"] > 0
+    printed = capsys.readouterr().out
+    assert "| **end to end** |" in printed and "| pixel upscale |" in printed
+
+
+def test_measures_one_by_one():
+    variants = benchmark.measures(Cascade.load("show-1-fast"), exact := Cascade.load("show-1"))
+    assert list(variants) == ["exact", "steps", "guidance_interval", "reuse", "all"]
+    assert variants["reuse"].keyframes.steps == exact.keyframes.steps
+    assert variants["steps"].first_frame.schedule == "smart27"
+    assert measures(variants["steps"].keyframes) == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--cascade", "show-1", "--weights", "random", "--device", "cpu"], "take hours on a CPU"),
+        (["--cascade", "mini", "--stages", "nothing"], "no stage 'nothing'"),
+        (["--cascade", "mini", "--rounds", "0"], "--rounds 1"),
+        (["--cascade", "mini", "--measures"], "has no measures"),
+        (["--cascade", "mini", "--device", "cpu", "--memory", "lots"], "memory cannot be 'lots'"),
+    ],
+)
+def test_bad_input(monkeypatch, capsys, arguments, words):
+    assert _benchmark(monkeypatch, *arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_an_interrupted_benchmark_keeps_its_finished_rounds():
+    rounds = [{"original": {"keyframes": {"seconds": 4.0}}, "ours": {"keyframes": {"seconds": 2.0}}}] * 3
+    found = benchmark.summary(rounds, rounds[:1], ["keyframes"], {"keyframes": 6.0}, {})
+    assert (found["ratio"], found["rounds"], found["stages"]["keyframes"]["tflops"]) == (2.0, 3, 3.0)
+    with pytest.raises(Show1Error, match="No round"):
+        benchmark.summary([], [], ["keyframes"], {}, {})
+
+
+def test_random_weights_are_those_of_the_released_size():
+    pipeline = load(Cascade.load("show-1-fast"), torch.device("meta"), torch.float16, random=True)
+    stages = (pipeline.keyframes, pipeline.interpolation, pipeline.pixel_upscale, pipeline.latent_upscale)
+    models = [model for stage in stages for model in stage.components.values() if isinstance(model, torch.nn.Module)]
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    assert {parameter.dtype for parameter in parameters} == {torch.float16}
+    assert round(sum(2 * parameter.numel() for parameter in parameters) / 1e9, 1) == 24.2  # GB

@@ -1,0 +1,108 @@
+"""What sits where: the tier that the memory asks for, and the same frames from every tier."""
+
+import logging
+
+import pytest
+import torch
+
+from show_1 import Cascade, Show1Error, Show1Pipeline, graphs, hub, placement
+from show_1.placement import GB, IN_PLACE, SHOW_1, TIERS
+from tests import tiny
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def exact(one_step_cascade) -> torch.Tensor:
+    return Show1Pipeline.from_cascade(one_step_cascade, "cpu", torch.float64)(tiny.PROMPT, seed=tiny.SEED).tensors[
+        "video"
+    ]
+
+
+@pytest.mark.parametrize("tier", TIERS, ids=[f"{tier.memory} GB" for tier in TIERS])
+def test_every_tier_gives_the_same_frames(one_step_cascade, exact, tier):
+    """The hooks run as on a GPU, only that the device they move models to is the CPU."""
+    pipeline = Show1Pipeline.from_cascade(one_step_cascade, "cpu", torch.float64)
+    pipeline.offload_hooks = placement.place(pipeline, tier, CPU)
+    result = pipeline(tiny.PROMPT, seed=tiny.SEED)
+    assert (result.tensors["video"] - exact).abs().max() < 1e-6
+    assert result.settings["device"] == "cpu"
+    moved = [hook.model for hook in pipeline.offload_hooks]
+    assert (pipeline.keyframes.unet in moved) == tier.one_at_a_time
+    assert (pipeline.keyframes.text_encoder in moved) == (tier.one_at_a_time and not tier.text_by_layer)
+
+
+@pytest.mark.parametrize(
+    ("free", "memory"), [(79, 40), (24, 16), (15.7, 16), (11.6, 12), (8, 8), (7.6, 8), (5.8, 6), (5, None)]
+)
+def test_cards_by_their_free_memory(monkeypatch, free, memory):
+    monkeypatch.setattr(placement, "device_memory", lambda device: (int(free * GB), int(free * GB)))
+    cascade = Cascade.load("show-1")
+    if memory is None:
+        with pytest.raises(
+            Show1Error, match=r"Show-1 needs 5\.3 GB of free memory on cuda at the least; there are 5\.0"
+        ):
+            placement.choose(cascade, torch.device("cuda"), SHOW_1)
+    else:
+        assert placement.choose(cascade, torch.device("cuda"), SHOW_1).memory == memory
+
+
+def test_a_size_given_stands_for_a_card(monkeypatch):
+    monkeypatch.setattr(placement, "device_memory", lambda device: (80 * GB, 80 * GB))
+    cascade, cuda = Cascade.load("show-1"), torch.device("cuda")
+    for tier in TIERS:
+        assert placement.choose(cascade, cuda, SHOW_1, f"{tier.memory}GB") == tier
+    for memory in ("12", "much", "0GB", "-3GB", "1e9GB"):
+        with pytest.raises(Show1Error, match="memory cannot be"):
+            placement.choose(cascade, cuda, SHOW_1, memory)
+    with pytest.raises(Show1Error, match=r"'90GB': the device has 80\.0 GB"):
+        placement.choose(cascade, cuda, SHOW_1, "90GB")
+
+
+def test_mini_fits_anywhere_and_show_1_not_in_a_small_computer(monkeypatch):
+    mini = Cascade.load("mini")
+    weights = placement.weight_bytes(mini, hub.fetch(mini), torch.float32)
+    assert 60e6 < weights < 90e6
+    assert placement.choose(mini, CPU, weights, "500MB") == IN_PLACE
+    monkeypatch.setattr(placement, "device_memory", lambda device: (16 * GB, 16 * GB))
+    with pytest.raises(Show1Error, match=r"needs 31\.7 GB"):
+        placement.choose(Cascade.load("show-1"), torch.device("mps"), SHOW_1)
+
+
+# --- CUDA graphs, without CUDA
+
+
+def _count_calls(calls):
+    def forward(x, *, deep=None):
+        calls.append(x.shape)
+        return {"sample": x * 2 if deep is None else x * 2 + deep}
+
+    return forward
+
+
+def test_graphs_replay_from_the_third_call_of_a_kind(monkeypatch):
+    def record(forward, inputs):
+        held = graphs._copy(inputs)
+        output = forward(*held[0], **held[1])
+        return graphs.Recording(held, output, lambda: output["sample"].copy_(held[0][0] * 2))
+
+    monkeypatch.setattr(graphs, "record", record)
+    calls = []
+    graphed = graphs.Graphed(_count_calls(calls))
+    outputs = [graphed(torch.full((2,), float(n)))["sample"] for n in range(5)]
+    assert len(calls) == 2  # once as ever, once recorded
+    assert [output[0].item() for output in outputs] == [0, 2, 4, 6, 8]  # none was written over
+    graphed(torch.ones(3))
+    graphed(torch.ones(2), deep=torch.ones(2))
+    assert len(calls) == 4
+
+
+def test_where_graphs_fail_it_goes_on_and_says_so_once(caplog):
+    calls = []
+    graphed = graphs.Graphed(_count_calls(calls))
+    with caplog.at_level(logging.WARNING):
+        for n in range(4):
+            assert graphed(torch.full((2,), float(n)))["sample"][0] == 2 * n  # there is no CUDA to record with
+    if not torch.cuda.is_available():
+        assert [r.message for r in caplog.records if "without CUDA graphs" in r.message] == [caplog.records[0].message]
+        assert len(calls) == 4
