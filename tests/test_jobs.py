@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from show_1 import Cascade, Show1Error, video
+from show_1.cascade import STAGES
 from show_1.jobs import CANCELLED, DONE, FAILED, STOPPED, Jobs, duration, enlarge
 from show_1.pipeline import Show1Pipeline
 from show_1.timing import RELATIVE, Calibration, Cost, Forecast, stage_steps
