@@ -211,10 +211,8 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
         with _told():
             return str(_known(jobs, id).seed)
 
-    def restore(file: str | None):
+    def restore(file: str):
         """Bring the settings of a video of ours back into the form, and say whether it can be made again here."""
-        if file is None:
-            return *[gr.skip()] * (2 + len(fields)), None
         with _told():
             settings = read(file)
             changes, kept = _fitting(jobs, settings)
@@ -227,7 +225,7 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
             line += " (The weights could not be compared, as the models are still loading.)"
         if stage := settings.get("stopped_after"):
             line += f" It was stopped after the {_name(stage)}: stop there to get the same clip."
-        return settings["prompt"], str(settings["seed"]), *_texts(changes), line
+        return None, settings["prompt"], str(settings["seed"]), *_texts(changes), line
 
     def enter(id: str, visitor: str | None):
         """Give a new visitor a secret; show the job that a visitor has at work, where the address names none."""
@@ -344,7 +342,7 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
         random_seed.click(lambda: str(draw_seed()), outputs=seed, **at_once)
         same_seed.click(reuse_seed, shown, seed, js=WITH_JOB, **at_once)
         reuse_button.click(reuse, shown, [prompt, seed, *fields], js=WITH_JOB, **at_once)
-        dropped.upload(restore, dropped, [prompt, seed, *fields, told], **at_once)
+        dropped.upload(restore, dropped, [dropped, prompt, seed, *fields, told], **at_once)
 
         _add_endpoint(jobs)
     return page.queue(default_concurrency_limit=None)
