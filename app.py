@@ -278,11 +278,11 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
                 progress = gr.HTML(
                     html_template=PROGRESS, css_template=PROGRESS_STYLE, js_on_load=TITLE, elem_id="progress"
                 )
-                with gr.Row():
-                    stop_button = gr.Button("Stop here", visible=False)
-                    cancel_button = gr.Button("Cancel", variant="stop", visible=False)
-                    notify_button = gr.Button("Notify me", visible=False)
-                preview = gr.HTML(html_template=PREVIEW, css_template=PREVIEW_STYLE, elem_id="preview")
+                with gr.Row(visible=False) as at_work:
+                    stop_button = gr.Button("Stop here", visible=False, size="sm")
+                    cancel_button = gr.Button("Cancel", variant="stop", size="sm")
+                    notify_button = gr.Button("Notify me", size="sm")
+                preview = gr.HTML(html_template=PREVIEW, css_template=PREVIEW_STYLE, visible=False, elem_id="preview")
                 video = gr.Video(
                     label="Video",
                     autoplay=True,
@@ -292,11 +292,11 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
                     elem_id="video",
                     buttons=[],
                 )
-                with gr.Row():
-                    mp4 = gr.DownloadButton("Download MP4", visible=False)
-                    gif = gr.DownloadButton("Download GIF", visible=False)
-                    again_button = gr.Button("Again with another seed", visible=False)
-                    reuse_button = gr.Button("Edit these settings", visible=False)
+                with gr.Row(visible=False) as ended:
+                    mp4 = gr.DownloadButton("Download MP4", visible=False, size="sm")
+                    gif = gr.DownloadButton("Download GIF", visible=False, size="sm")
+                    again_button = gr.Button("Again with another seed", size="sm")
+                    reuse_button = gr.Button("Edit these settings", size="sm")
                 clips = gr.HTML(html_template=CLIPS, css_template=CLIPS_STYLE, elem_id="clips")
                 with gr.Accordion("Settings of this video", open=False, visible=False) as settings_part:
                     settings = gr.Code(language="json", interactive=False, elem_id="settings", show_label=False)
@@ -314,13 +314,11 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
             "clips": clips,
             "settings": settings,
             "settings_part": settings_part,
+            "at_work": at_work,
             "stop": stop_button,
-            "cancel": cancel_button,
-            "notify": notify_button,
+            "ended": ended,
             "mp4": mp4,
             "gif": gif,
-            "again": again_button,
-            "reuse": reuse_button,
             "gallery": gallery,
         }
         on_look = {"inputs": [shown, visitor, seen], "outputs": [seen, *parts.values()], "js": WITH_JOB} | at_once
@@ -418,18 +416,16 @@ def _view(jobs: Jobs, id: str, job: Job | None, visitor: str) -> dict[str, Any]:
     return {
         "headline": {"value": _headline(jobs, id, job)},
         "progress": {"value": _progress(jobs, job)},
-        "preview": {"value": job.preview if working else ""},
+        "preview": {"value": job.preview if working else "", "visible": bool(working and job.preview)},
         "video": {"value": str(result) if result else None, "visible": result is not None},
         "clips": {"value": _clips(jobs, job)},
         "settings": {"value": json.dumps(job.settings, indent=2, ensure_ascii=False) if result else None},
         "settings_part": {"visible": result is not None},
-        "stop": {"visible": working and mine and any(stage != "first_frame" for stage in job.clips)},
-        "cancel": {"visible": working and mine},
-        "notify": {"visible": working and mine},
+        "at_work": {"visible": working and mine},
+        "stop": {"visible": working and any(stage != "first_frame" for stage in job.clips)},
+        "ended": {"visible": job is not None and job.ended},
         "mp4": {"visible": result is not None, "value": str(result) if result else None},
         "gif": _if_there(gif),
-        "again": {"visible": job is not None and job.ended},
-        "reuse": {"visible": job is not None and job.ended},
         "gallery": {"value": _gallery(jobs, visitor)},
     }
 
@@ -458,7 +454,7 @@ def _what(jobs: Jobs, job: Job) -> str:
     if job.state == DONE:
         return f"Done in {job.seconds} seconds" if jobs.result(job) else "This video's file is gone from the server"
     if job.state == STOPPED:
-        return f"Stopped after the {_name(job.settings['stopped_after'])}: this is its clip"
+        return f"Stopped after the {_name(job.settings['stopped_after'])}: this is the clip"
     return f"No video was made. {job.fault}" if job.state == FAILED else "Cancelled"
 
 

@@ -42,6 +42,7 @@ CHROMIUM_FLAGS = [
     ),
 ]
 PATIENCE = 300  # seconds; a guard against hanging, far from what is normal
+expect.set_options(timeout=PATIENCE * 1000)
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: install Debian's package of this name")
 
