@@ -198,10 +198,8 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
         with _told():
             return str(_known(jobs, id).seed)
 
-    def restore(file: str | None):
+    def restore(file: str):
         """Bring the settings of a video of ours back into the form, and say whether it can be made again here."""
-        if file is None:
-            return *[gr.skip()] * (2 + len(fields)), None
         with _told():
             settings = read(file)
             changes, kept = _fitting(jobs, settings)
@@ -214,7 +212,7 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
             line += " (The weights could not be compared, as the models are still loading.)"
         if stage := settings.get("stopped_after"):
             line += f" It was stopped after the {_name(stage)}: stop there to get the same clip."
-        return settings["prompt"], str(settings["seed"]), *_texts(changes), line
+        return None, settings["prompt"], str(settings["seed"]), *_texts(changes), line
 
     def enter(id: str, visitor: str | None):
         """Give a new visitor a secret; show the job that a visitor has at work, where the address names none."""
@@ -272,11 +270,11 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
                 progress = gr.HTML(
                     html_template=PROGRESS, css_template=PROGRESS_STYLE, js_on_load=TITLE, elem_id="progress"
                 )
-                with gr.Row():
-                    stop_button = gr.Button("Stop here", visible=False)
-                    cancel_button = gr.Button("Cancel", variant="stop", visible=False)
-                    notify_button = gr.Button("Notify me", visible=False)
-                preview = gr.HTML(html_template=PREVIEW, css_template=PREVIEW_STYLE, elem_id="preview")
+                with gr.Row(visible=False) as at_work:
+                    stop_button = gr.Button("Stop here", visible=False, size="sm")
+                    cancel_button = gr.Button("Cancel", variant="stop", size="sm")
+                    notify_button = gr.Button("Notify me", size="sm")
+                preview = gr.HTML(html_template=PREVIEW, css_template=PREVIEW_STYLE, visible=False, elem_id="preview")
                 video = gr.Video(
                     label="Video",
                     autoplay=True,
@@ -286,11 +284,11 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
                     elem_id="video",
                     buttons=[],
                 )
-                with gr.Row():
-                    mp4 = gr.DownloadButton("Download MP4", visible=False)
-                    gif = gr.DownloadButton("Download GIF", visible=False)
-                    again_button = gr.Button("Again with another seed", visible=False)
-                    reuse_button = gr.Button("Edit these settings", visible=False)
+                with gr.Row(visible=False) as ended:
+                    mp4 = gr.DownloadButton("Download MP4", visible=False, size="sm")
+                    gif = gr.DownloadButton("Download GIF", visible=False, size="sm")
+                    again_button = gr.Button("Again with another seed", size="sm")
+                    reuse_button = gr.Button("Edit these settings", size="sm")
                 clips = gr.HTML(html_template=CLIPS, css_template=CLIPS_STYLE, elem_id="clips")
                 with gr.Accordion("Settings of this video", open=False, visible=False) as settings_part:
                     settings = gr.Code(language="json", interactive=False, elem_id="settings", show_label=False)
@@ -308,13 +306,11 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
             "clips": clips,
             "settings": settings,
             "settings_part": settings_part,
+            "at_work": at_work,
             "stop": stop_button,
-            "cancel": cancel_button,
-            "notify": notify_button,
+            "ended": ended,
             "mp4": mp4,
             "gif": gif,
-            "again": again_button,
-            "reuse": reuse_button,
             "gallery": gallery,
         }
         on_look = {"inputs": [shown, visitor, seen], "outputs": [seen, *parts.values()], "js": WITH_JOB} | at_once
@@ -336,7 +332,7 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
         random_seed.click(lambda: str(draw_seed()), outputs=seed, **at_once)
         same_seed.click(reuse_seed, shown, seed, js=WITH_JOB, **at_once)
         reuse_button.click(reuse, shown, [prompt, seed, *fields], js=WITH_JOB, **at_once)
-        dropped.upload(restore, dropped, [prompt, seed, *fields, told], **at_once)
+        dropped.upload(restore, dropped, [dropped, prompt, seed, *fields, told], **at_once)
 
         _add_endpoint(jobs)
     return page.queue(default_concurrency_limit=None)
@@ -412,18 +408,16 @@ def _view(jobs: Jobs, id: str, job: Job | None, visitor: str) -> dict[str, Any]:
     return {
         "headline": {"value": _headline(jobs, id, job)},
         "progress": {"value": _progress(jobs, job)},
-        "preview": {"value": job.preview if working else ""},
+        "preview": {"value": job.preview if working else "", "visible": bool(working and job.preview)},
         "video": {"value": str(result) if result else None, "visible": result is not None},
         "clips": {"value": _clips(jobs, job)},
         "settings": {"value": json.dumps(job.settings, indent=2, ensure_ascii=False) if result else None},
         "settings_part": {"visible": result is not None},
-        "stop": {"visible": working and mine and any(stage != "first_frame" for stage in job.clips)},
-        "cancel": {"visible": working and mine},
-        "notify": {"visible": working and mine},
+        "at_work": {"visible": working and mine},
+        "stop": {"visible": working and any(stage != "first_frame" for stage in job.clips)},
+        "ended": {"visible": job is not None and job.ended},
         "mp4": {"visible": result is not None, "value": str(result) if result else None},
         "gif": _if_there(gif),
-        "again": {"visible": job is not None and job.ended},
-        "reuse": {"visible": job is not None and job.ended},
         "gallery": {"value": _gallery(jobs, visitor)},
     }
 
@@ -452,7 +446,7 @@ def _what(jobs: Jobs, job: Job) -> str:
     if job.state == DONE:
         return f"Done in {job.seconds} seconds" if jobs.result(job) else "This video's file is gone from the server"
     if job.state == STOPPED:
-        return f"Stopped after the {_name(job.settings['stopped_after'])}: this is its clip"
+        return f"Stopped after the {_name(job.settings['stopped_after'])}: this is the clip"
     return f"No video was made. {job.fault}" if job.state == FAILED else "Cancelled"
 
 

@@ -42,6 +42,7 @@ CHROMIUM_FLAGS = [
     ),
 ]
 PATIENCE = 300  # seconds; a guard against hanging, far from what is normal
+expect.set_options(timeout=PATIENCE * 1000)
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: install Debian's package of this name")
 
@@ -280,7 +281,8 @@ def test_stop_here_keeps_the_clip(app, browser):
 @needs_chromium
 def test_two_visitors_take_turns_and_see_their_own_until_the_queue_is_full(tiny_cascade, tmp_path, browser):
     with serve(tiny_cascade, tmp_path, "--queue-size", "3") as server:
-        first, second = visit(browser, server), visit(browser, server)
+        context = browser.new_context()
+        first, second = visit(context, server), visit(browser, server)
         running = asking(first, "a cat", steps="900")
         wait_for(first, "Stage 1 of 5")
         asking(first, "a cat again")
@@ -300,13 +302,10 @@ def test_two_visitors_take_turns_and_see_their_own_until_the_queue_is_full(tiny_
         expect(first.locator("#gallery li")).to_have_count(2)
         expect(second.locator("#gallery li")).to_have_count(1)
         assert "dog" not in first.locator("#gallery").inner_text()
-        server.process.kill()
-        server.process.wait()
-
-    # After a restart they are all still there.
-    context = first.context
-    with serve(tiny_cascade, tmp_path) as server:
         storage = first.evaluate("() => JSON.stringify(localStorage)")
+
+    # After a restart they are all still there. (The server has another port now, hence the storage carried over.)
+    with serve(tiny_cascade, tmp_path) as server:
         context.add_init_script(f"if (!localStorage.length) Object.assign(localStorage, {storage})")
         page = visit(context, server)
         expect(page.locator("#gallery li")).to_have_count(2)
@@ -314,7 +313,7 @@ def test_two_visitors_take_turns_and_see_their_own_until_the_queue_is_full(tiny_
         wait_for(page, "Done")
         page.wait_for_function("() => document.querySelector('#video video')?.readyState >= 2")
         assert "Traceback" not in server.log.read_text()
-    first.close(), second.close()
+    context.close(), second.close()
 
 
 @needs_chromium
@@ -328,7 +327,7 @@ def test_a_dropped_video_brings_its_settings_back(app, browser, tmp_path):
     expect(page.locator("#told")).to_contain_text("the same frames can be expected here")
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a dog")
     expect(page.get_by_label("Seed", exact=True)).to_have_value("42")
-    press(page, "Advanced")
+    page.get_by_role("button", name="Advanced").click()
     expect(page.get_by_label("Keyframes: steps")).to_have_value("2")
 
     frames = video.read_frames(made)
@@ -338,13 +337,12 @@ def test_a_dropped_video_brings_its_settings_back(app, browser, tmp_path):
     video.write(other, frames, 8, settings)
     video.write(alien, frames, 8, {"prompt": "a cat"})
     damaged.write_bytes(b"no video")
-    page.get_by_role("button", name="Clear").click()
     page.locator("#drop input[type=file]").set_input_files(other)
     expect(page.locator("#told")).to_contain_text("it was made by the cascade Elsewhere, here runs Tiny; torch is ")
     for file, problem in ((alien, "lack seed"), (damaged, "is damaged, or is no MP4 video")):
-        page.get_by_role("button", name="Clear").click()
         page.locator("#drop input[type=file]").set_input_files(file)
         expect(page.get_by_test_id("toast-body").filter(has_text=problem)).to_be_visible()
+        page.get_by_role("button", name="Clear").click()
     page.close()
 
 
