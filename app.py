@@ -305,6 +305,7 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
         )
 
         private = {"api_visibility": "private", "show_progress": "hidden"}
+        # Outside Gradio's queue nothing tells of an error: right for a look while the server is away, and for no more.
         at_once = private | {"queue": False}
         parts = {
             "headline": headline,
@@ -331,16 +332,16 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
             (ways, submit, [shown, visitor, prompt, seed, *fields]),
             ([again_button.click], again, [shown, visitor]),
         ):
-            gr.on(asked, act, inputs, [new_job, visitor], js=WITH_JOB, **at_once).success(
+            gr.on(asked, act, inputs, [new_job, visitor], js=WITH_JOB, **private).success(
                 None, new_job, js=GO_TO_JOB, **private
             ).then(look, **on_look)
-        cancel_button.click(cancel, [shown, visitor], js=WITH_JOB, **at_once)
-        stop_button.click(stop, [shown, visitor], js=WITH_JOB, **at_once)
+        cancel_button.click(cancel, [shown, visitor], js=WITH_JOB, **private)
+        stop_button.click(stop, [shown, visitor], js=WITH_JOB, **private)
         notify_button.click(None, js=ASK_TO_NOTIFY, **private)
         random_seed.click(lambda: str(draw_seed()), outputs=seed, **at_once)
-        same_seed.click(reuse_seed, shown, seed, js=WITH_JOB, **at_once)
-        reuse_button.click(reuse, shown, [prompt, seed, *fields], js=WITH_JOB, **at_once)
-        dropped.upload(restore, dropped, [dropped, prompt, seed, *fields, told], **at_once)
+        same_seed.click(reuse_seed, shown, seed, js=WITH_JOB, **private)
+        reuse_button.click(reuse, shown, [prompt, seed, *fields], js=WITH_JOB, **private)
+        dropped.upload(restore, dropped, [dropped, prompt, seed, *fields, told], **private)
 
         _add_endpoint(jobs)
     return page.queue(default_concurrency_limit=None)
@@ -376,7 +377,7 @@ def _add_endpoint(jobs: Jobs) -> None:
                 if changed != job.changed:
                     changed = job.changed
                     status = _status(jobs, job)
-                    progress(status["share"], desc=status["text"])
+                    progress((round(100 * status["share"]), 100), desc=status["text"], unit="%")
                     yield None, str(job.seed), None, status
                 await asyncio.sleep(0.1)
             if job.state in (FAILED, CANCELLED):
@@ -386,12 +387,14 @@ def _add_endpoint(jobs: Jobs) -> None:
             if job and not job.ended:
                 jobs.cancel(visitor, job)  # who asked has gone: nobody else could fetch it
 
+    changes = gr.JSON(label="Settings", visible=False)
+    changes.api_info = lambda: {"type": "object", "description": "changes to the stages"}  # Gradio's is no JSON schema
     gr.Button(visible=False).click(
         show_1,
         [
             gr.Textbox(label="Prompt", visible=False),
             gr.Textbox(label="Seed", visible=False),
-            gr.JSON(label="Settings", visible=False),
+            changes,
         ],
         [
             gr.Video(label="Video", visible=False),

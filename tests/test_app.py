@@ -466,8 +466,8 @@ def test_a_tool_for_assistants(tiny_cascade, tmp_path):
     with serve(tiny_cascade, tmp_path, "--mcp") as server:
         (tool,), result, told = asyncio.run(use(server.url))
         assert "video" in tool.description and tool.inputSchema["required"] == ["prompt"]
+        assert not result.isError, result
         assert any("Stage" in message for message in told if message), told
-        assert not result.isError
         url = re.search(r"http://127\S+\.mp4", " ".join(part.text for part in result.content))[0]
         (file,) = server.videos()
         assert urlopen(url).read() == file.read_bytes()
