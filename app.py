@@ -69,7 +69,7 @@ HEADLINE = """
 HEADLINE_STYLE = """
 [role=status] { font-size: var(--text-lg); font-weight: 600; }
 p { margin: 6px 0 0; font-size: var(--text-sm); overflow-wrap: anywhere; }
-.prompt { color: var(--body-text-color-subdued); }
+.prompt { opacity: 0.75; }
 """
 # The browser's own notice, where the visitor has allowed it: only for a job that this page saw at work.
 NOTIFY = """
@@ -112,7 +112,7 @@ progress::-moz-progress-bar { background: var(--color-accent); }
 p { margin: 6px 0 10px; font-variant-numeric: tabular-nums; }
 ol { list-style: none; margin: 0; padding: 0; font-size: var(--text-sm); }
 li { display: grid; grid-template-columns: 8.5em 1fr 5.5em; align-items: center; gap: 12px; padding: 2px 0; }
-li.ahead { color: var(--body-text-color-subdued); }
+li.ahead { opacity: 0.75; }
 li.now { font-weight: 600; }
 .steps { text-align: right; font-variant-numeric: tabular-nums; }
 """
@@ -138,7 +138,7 @@ h3 { margin: 8px 0; font-size: var(--text-md); }
 div { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 12px; }
 figure { margin: 0; }
 img, video { width: 100%; border-radius: var(--radius-md); }
-figcaption { font-size: var(--text-sm); color: var(--body-text-color-subdued); }
+figcaption { font-size: var(--text-sm); opacity: 0.75; }
 """
 
 GALLERY = """
@@ -162,7 +162,7 @@ video { width: 100%; aspect-ratio: 16 / 9; object-fit: cover; border-radius: var
         background: var(--border-color-primary); }
 span { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden;
        overflow-wrap: anywhere; }
-p { color: var(--body-text-color-subdued); }
+p { opacity: 0.75; }
 """
 # Into view without a new page; they play while they are pointed at.
 GALLERY_SCRIPT = """
@@ -268,7 +268,7 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
                     fields = _fields(jobs.cascade)
                 with gr.Accordion("Settings from a video", open=False):
                     dropped = gr.File(
-                        label="Drop an MP4 that was made here", file_types=[".mp4"], height=120, elem_id="drop"
+                        label="Drop an MP4 that was made here", file_types=[".mp4"], height=150, elem_id="drop"
                     )
                     told = gr.HTML(html_template=LINE, css_template=LINE_STYLE, elem_id="told")
             with gr.Column(scale=3, min_width=320):
@@ -279,9 +279,9 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
                     html_template=PROGRESS, css_template=PROGRESS_STYLE, js_on_load=TITLE, elem_id="progress"
                 )
                 with gr.Row(visible=False) as at_work:
-                    stop_button = gr.Button("Stop here", visible=False, size="sm")
-                    cancel_button = gr.Button("Cancel", variant="stop", size="sm")
-                    notify_button = gr.Button("Notify me", size="sm")
+                    stop_button = gr.Button("Stop here", visible=False, size="sm", min_width=90)
+                    cancel_button = gr.Button("Cancel", variant="stop", size="sm", min_width=90)
+                    notify_button = gr.Button("Notify me", size="sm", min_width=90)
                 preview = gr.HTML(html_template=PREVIEW, css_template=PREVIEW_STYLE, visible=False, elem_id="preview")
                 video = gr.Video(
                     label="Video",
@@ -293,13 +293,15 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
                     buttons=[],
                 )
                 with gr.Row(visible=False) as ended:
-                    mp4 = gr.DownloadButton("Download MP4", visible=False, size="sm")
-                    gif = gr.DownloadButton("Download GIF", visible=False, size="sm")
-                    again_button = gr.Button("Again with another seed", size="sm")
-                    reuse_button = gr.Button("Edit these settings", size="sm")
+                    mp4 = gr.DownloadButton("Download MP4", visible=False, size="sm", min_width=140)
+                    gif = gr.DownloadButton("Download GIF", visible=False, size="sm", min_width=140)
+                    again_button = gr.Button("Again with another seed", size="sm", min_width=140)
+                    reuse_button = gr.Button("Edit these settings", size="sm", min_width=140)
                 clips = gr.HTML(html_template=CLIPS, css_template=CLIPS_STYLE, elem_id="clips")
                 with gr.Accordion("Settings of this video", open=False, visible=False) as settings_part:
-                    settings = gr.Code(language="json", interactive=False, elem_id="settings", show_label=False)
+                    settings = gr.Code(
+                        language="json", interactive=False, show_label=False, lines=5, max_lines=20, elem_id="settings"
+                    )
         gallery = gr.HTML(
             html_template=GALLERY, css_template=GALLERY_STYLE, js_on_load=GALLERY_SCRIPT, elem_id="gallery"
         )
