@@ -203,20 +203,21 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
             jobs.stop(visitor or "", _known(jobs, id))
 
     def reuse(id: str):
-        with _told():
-            job = _known(jobs, id)
-            return job.prompt, str(job.seed), *_texts(job.changes)
+        job = _known(jobs, id)
+        return job.prompt, str(job.seed), *_texts(job.changes)
 
-    def reuse_seed(id: str) -> str:
-        with _told():
-            return str(_known(jobs, id).seed)
+    def reuse_seed(id: str):
+        job = jobs.get(id)
+        return str(job.seed) if job else gr.skip()
 
     def restore(file: str):
         """Bring the settings of a video of ours back into the form, and say whether it can be made again here."""
-        with _told():
+        try:
             settings = read(file)
             changes, kept = _fitting(jobs, settings)
-            other = differences(settings, here(jobs.cascade, jobs.device, jobs.pipeline), kept)
+        except Show1Error as error:  # told here: an event that fails marks all that it was to fill in as failed
+            return None, *[gr.skip()] * (2 + len(fields)), str(error)
+        other = differences(settings, here(jobs.cascade, jobs.device, jobs.pipeline), kept)
         if other:
             line = f"The settings are back. Other frames are to be expected here: {'; '.join(other)}."
         else:
