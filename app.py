@@ -56,7 +56,7 @@ HEADLINE = """
 HEADLINE_STYLE = """
 [role=status] { font-size: var(--text-lg); font-weight: 600; }
 p { margin: 6px 0 0; font-size: var(--text-sm); overflow-wrap: anywhere; }
-.prompt { color: var(--body-text-color-subdued); }
+.prompt { opacity: 0.75; }
 """
 # The browser's own notice, where the visitor has allowed it: only for a job that this page saw at work.
 NOTIFY = """
@@ -99,7 +99,7 @@ progress::-moz-progress-bar { background: var(--color-accent); }
 p { margin: 6px 0 10px; font-variant-numeric: tabular-nums; }
 ol { list-style: none; margin: 0; padding: 0; font-size: var(--text-sm); }
 li { display: grid; grid-template-columns: 8.5em 1fr 5.5em; align-items: center; gap: 12px; padding: 2px 0; }
-li.ahead { color: var(--body-text-color-subdued); }
+li.ahead { opacity: 0.75; }
 li.now { font-weight: 600; }
 .steps { text-align: right; font-variant-numeric: tabular-nums; }
 """
@@ -125,7 +125,7 @@ h3 { margin: 8px 0; font-size: var(--text-md); }
 div { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: 12px; }
 figure { margin: 0; }
 img, video { width: 100%; border-radius: var(--radius-md); }
-figcaption { font-size: var(--text-sm); color: var(--body-text-color-subdued); }
+figcaption { font-size: var(--text-sm); opacity: 0.75; }
 """
 
 GALLERY = """
@@ -149,7 +149,7 @@ video { width: 100%; aspect-ratio: 16 / 9; object-fit: cover; border-radius: var
         background: var(--border-color-primary); }
 span { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden;
        overflow-wrap: anywhere; }
-p { color: var(--body-text-color-subdued); }
+p { opacity: 0.75; }
 """
 # Into view without a new page; they play while they are pointed at.
 GALLERY_SCRIPT = """
@@ -190,20 +190,21 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
             jobs.stop(visitor or "", _known(jobs, id))
 
     def reuse(id: str):
-        with _told():
-            job = _known(jobs, id)
-            return job.prompt, str(job.seed), *_texts(job.changes)
+        job = _known(jobs, id)
+        return job.prompt, str(job.seed), *_texts(job.changes)
 
-    def reuse_seed(id: str) -> str:
-        with _told():
-            return str(_known(jobs, id).seed)
+    def reuse_seed(id: str):
+        job = jobs.get(id)
+        return str(job.seed) if job else gr.skip()
 
     def restore(file: str):
         """Bring the settings of a video of ours back into the form, and say whether it can be made again here."""
-        with _told():
+        try:
             settings = read(file)
             changes, kept = _fitting(jobs, settings)
-            other = differences(settings, here(jobs.cascade, jobs.device, jobs.pipeline), kept)
+        except Show1Error as error:  # told here: an event that fails marks all that it was to fill in as failed
+            return None, *[gr.skip()] * (2 + len(fields)), str(error)
+        other = differences(settings, here(jobs.cascade, jobs.device, jobs.pipeline), kept)
         if other:
             line = f"The settings are back. Other frames are to be expected here: {'; '.join(other)}."
         else:
@@ -260,7 +261,7 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
                     fields = _fields(jobs.cascade)
                 with gr.Accordion("Settings from a video", open=False):
                     dropped = gr.File(
-                        label="Drop an MP4 that was made here", file_types=[".mp4"], height=120, elem_id="drop"
+                        label="Drop an MP4 that was made here", file_types=[".mp4"], height=150, elem_id="drop"
                     )
                     told = gr.HTML(html_template=LINE, css_template=LINE_STYLE, elem_id="told")
             with gr.Column(scale=3, min_width=320):
@@ -271,9 +272,9 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
                     html_template=PROGRESS, css_template=PROGRESS_STYLE, js_on_load=TITLE, elem_id="progress"
                 )
                 with gr.Row(visible=False) as at_work:
-                    stop_button = gr.Button("Stop here", visible=False, size="sm")
-                    cancel_button = gr.Button("Cancel", variant="stop", size="sm")
-                    notify_button = gr.Button("Notify me", size="sm")
+                    stop_button = gr.Button("Stop here", visible=False, size="sm", min_width=90)
+                    cancel_button = gr.Button("Cancel", variant="stop", size="sm", min_width=90)
+                    notify_button = gr.Button("Notify me", size="sm", min_width=90)
                 preview = gr.HTML(html_template=PREVIEW, css_template=PREVIEW_STYLE, visible=False, elem_id="preview")
                 video = gr.Video(
                     label="Video",
@@ -285,18 +286,21 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
                     buttons=[],
                 )
                 with gr.Row(visible=False) as ended:
-                    mp4 = gr.DownloadButton("Download MP4", visible=False, size="sm")
-                    gif = gr.DownloadButton("Download GIF", visible=False, size="sm")
-                    again_button = gr.Button("Again with another seed", size="sm")
-                    reuse_button = gr.Button("Edit these settings", size="sm")
+                    mp4 = gr.DownloadButton("Download MP4", visible=False, size="sm", min_width=140)
+                    gif = gr.DownloadButton("Download GIF", visible=False, size="sm", min_width=140)
+                    again_button = gr.Button("Again with another seed", size="sm", min_width=140)
+                    reuse_button = gr.Button("Edit these settings", size="sm", min_width=140)
                 clips = gr.HTML(html_template=CLIPS, css_template=CLIPS_STYLE, elem_id="clips")
                 with gr.Accordion("Settings of this video", open=False, visible=False) as settings_part:
-                    settings = gr.Code(language="json", interactive=False, elem_id="settings", show_label=False)
+                    settings = gr.Code(
+                        language="json", interactive=False, show_label=False, lines=5, max_lines=20, elem_id="settings"
+                    )
         gallery = gr.HTML(
             html_template=GALLERY, css_template=GALLERY_STYLE, js_on_load=GALLERY_SCRIPT, elem_id="gallery"
         )
 
         private = {"api_visibility": "private", "show_progress": "hidden"}
+        # Outside Gradio's queue nothing tells of an error: right for a look while the server is away, and for no more.
         at_once = private | {"queue": False}
         parts = {
             "headline": headline,
@@ -323,16 +327,16 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
             (ways, submit, [shown, visitor, prompt, seed, *fields]),
             ([again_button.click], again, [shown, visitor]),
         ):
-            gr.on(asked, act, inputs, [new_job, visitor], js=WITH_JOB, **at_once).success(
+            gr.on(asked, act, inputs, [new_job, visitor], js=WITH_JOB, **private).success(
                 None, new_job, js=GO_TO_JOB, **private
             ).then(look, **on_look)
-        cancel_button.click(cancel, [shown, visitor], js=WITH_JOB, **at_once)
-        stop_button.click(stop, [shown, visitor], js=WITH_JOB, **at_once)
+        cancel_button.click(cancel, [shown, visitor], js=WITH_JOB, **private)
+        stop_button.click(stop, [shown, visitor], js=WITH_JOB, **private)
         notify_button.click(None, js=ASK_TO_NOTIFY, **private)
         random_seed.click(lambda: str(draw_seed()), outputs=seed, **at_once)
-        same_seed.click(reuse_seed, shown, seed, js=WITH_JOB, **at_once)
-        reuse_button.click(reuse, shown, [prompt, seed, *fields], js=WITH_JOB, **at_once)
-        dropped.upload(restore, dropped, [dropped, prompt, seed, *fields, told], **at_once)
+        same_seed.click(reuse_seed, shown, seed, js=WITH_JOB, **private)
+        reuse_button.click(reuse, shown, [prompt, seed, *fields], js=WITH_JOB, **private)
+        dropped.upload(restore, dropped, [dropped, prompt, seed, *fields, told], **private)
 
         _add_endpoint(jobs)
     return page.queue(default_concurrency_limit=None)
@@ -368,7 +372,7 @@ def _add_endpoint(jobs: Jobs) -> None:
                 if changed != job.changed:
                     changed = job.changed
                     status = _status(jobs, job)
-                    progress(status["share"], desc=status["text"])
+                    progress((round(100 * status["share"]), 100), desc=status["text"], unit="%")
                     yield None, str(job.seed), None, status
                 await asyncio.sleep(0.1)
             if job.state in (FAILED, CANCELLED):
@@ -378,12 +382,14 @@ def _add_endpoint(jobs: Jobs) -> None:
             if job and not job.ended:
                 jobs.cancel(visitor, job)  # who asked has gone: nobody else could fetch it
 
+    changes = gr.JSON(label="Settings", visible=False)
+    changes.api_info = lambda: {"type": "object", "description": "changes to the stages"}  # Gradio's is no JSON schema
     gr.Button(visible=False).click(
         show_1,
         [
             gr.Textbox(label="Prompt", visible=False),
             gr.Textbox(label="Seed", visible=False),
-            gr.JSON(label="Settings", visible=False),
+            changes,
         ],
         [
             gr.Video(label="Video", visible=False),
