@@ -42,7 +42,7 @@ CHROMIUM_FLAGS = [
         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     ),
 ]
-PATIENCE = 300  # seconds; a guard against hanging, far from what is normal
+PATIENCE = 120  # seconds; a guard against hanging, far from what is normal
 expect.set_options(timeout=PATIENCE * 1000)
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: install Debian's package of this name")
