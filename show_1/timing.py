@@ -6,6 +6,7 @@ device, and learned anew from every video; before the first one, from a step of 
 
 import json
 import os
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -185,13 +186,13 @@ class Forecast:
 
 
 def measure(pipeline: Show1Pipeline, stage: str) -> Iterator[Cost | None]:
-    """Run two steps of a stage on noise, yielding None after each, then the Cost; to break off, stop asking."""
+    """Run a few steps of a stage on noise, yielding None after each, then the Cost; to break off, stop asking."""
     cascade = pipeline.cascade
     table = getattr(cascade, stage)
     frames = (SEGMENT - 1) * (cascade.keyframes.frames - 1) + 1
     height, width = cascade.keyframes.height, cascade.keyframes.width
     unet = pipeline.keyframes.unet
-    common = {"steps": max(table.steps, 2), "guidance": table.guidance, "seed": 0}
+    common = {"steps": max(table.steps, 5), "guidance": table.guidance, "seed": 0}
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.rand(1, 3, *shape).to(unet.device, unet.dtype) * 2 - 1
@@ -216,20 +217,23 @@ def measure(pipeline: Show1Pipeline, stage: str) -> Iterator[Cost | None]:
         stream = pipeline.latent_upscale.stream(text, noise(frames, SCALE * height, SCALE * width), **common)
 
     seconds = []
-    for _ in range(2):
+    for _ in range(5):
         started = time.monotonic()
         step = next(stream)
         float(step.clean.float().mean())  # a GPU works behind our back until it is asked for a number
         seconds.append(time.monotonic() - started)
         yield None
+        if len(seconds) > 1 and sum(seconds) > 1:
+            break
     stream.close()
+    cost = statistics.median(seconds[1:])  # the first one also warms up the device
     if stage != "latent_upscale":
-        yield Cost(0.0, seconds[1], 0.0)  # what the first step took longer is the device warming up
+        yield Cost(0.0, cost, 0.0)
         return
     started = time.monotonic()
     float(pipeline.latent_upscale.decode(step.clean[:, :, :1]).float().mean())
     decoding = frames * (time.monotonic() - started)
-    yield Cost(max(seconds[0] - seconds[1], 0.0), seconds[1], decoding)
+    yield Cost(max(seconds[0] - cost, 0.0), cost, decoding)
 
 
 def write_atomically(file: Path, text: str) -> None:
