@@ -212,7 +212,7 @@ def test_the_output_folder_may_go_and_come(tiny_cascade, tmp_path):
 def test_models_that_do_not_load_are_told_and_tried_again(tiny_cascade, tmp_path, monkeypatch):
     real = Show1Pipeline.from_cascade
     monkeypatch.setattr(
-        Show1Pipeline, "from_cascade", lambda *_: (_ for _ in ()).throw(Show1Error("Gated.", "Log in."))
+        Show1Pipeline, "from_cascade", lambda *_, **__: (_ for _ in ()).throw(Show1Error("Gated.", "Log in."))
     )
     with jobs_in(tmp_path, tiny_cascade) as jobs:
         first = jobs.submit("me", "a cat")
