@@ -244,7 +244,7 @@ def test_it_does_not_wait_long(doctor, tmp_path):
     said(done, "WRONG  token", "cannot be reached")
     start = time.monotonic()
     doctor(HF_TOKEN=TOKEN)
-    assert time.monotonic() - start < 5 + busy
+    assert time.monotonic() - start < 15 + 2 * busy
 
 
 # --- Python or a package that is too old
