@@ -219,7 +219,7 @@ class Jobs:
                     )
             settings[stage] |= values
         cascade = Cascade.from_settings(settings, Path("Settings"))
-        return dataclasses.replace(cascade, file=self.cascade.file)
+        return dataclasses.replace(cascade, file=self.cascade.file, about=self.cascade.about)
 
     # --------------------------------------------------------------------------------------------- how a job is doing
 

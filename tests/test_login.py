@@ -233,18 +233,18 @@ def test_offline(doctor, server):
 
 
 def test_it_does_not_wait_long(doctor, tmp_path):
-    """Seconds where nothing answers, not the minutes that the library would wait; a busy computer may take longer."""
+    """Ten seconds where nothing answers, on a computer that does nothing else: torch alone may take longer here."""
     start = time.monotonic()
     subprocess.run([sys.executable, "-c", "import torch"], check=True)
     busy = time.monotonic() - start
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes calls, and says nothing
         start = time.monotonic()
         done = doctor(HF_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}", HF_TOKEN=TOKEN)
-        assert time.monotonic() - start < 20 + 2 * busy
+        assert time.monotonic() - start < 10 + busy
     said(done, "WRONG  token", "cannot be reached")
     start = time.monotonic()
     doctor(HF_TOKEN=TOKEN)
-    assert time.monotonic() - start < 15 + 2 * busy
+    assert time.monotonic() - start < 5 + busy
 
 
 # --- Python or a package that is too old

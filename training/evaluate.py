@@ -104,10 +104,8 @@ def follow_pairs(pipeline: Show1Pipeline, count: int) -> float:
     return round(right / count, 4)
 
 
-def keyframes_only(
-    pipeline: Show1Pipeline, count: int, guidance: float | None = None, steps: int | None = None
-) -> dict:
-    """Judge keyframes alone, which takes a fraction of the time; for choosing guidance and steps."""
+def keyframes_only(pipeline: Show1Pipeline, count: int, guidance: float) -> dict:
+    """Judge keyframes alone, which takes a fraction of the time; for choosing a guidance scale."""
     critic, tally, table = judge.load(), Tally(), pipeline.cascade.keyframes
     for seed, words in enumerate(tqdm(combinations(count), desc="keyframes")):
         text = pipeline.keyframes.encode(world.plain_caption(*words))
