@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_temporal import TransformerTempor
 
 from show_1 import Show1Pipeline
 from show_1.models import unet_3d_condition
-from show_1.pipeline import measures
+from show_1.stages.denoise import finish
 from show_1.text import TextEmbeddings
 
 STAGES = ("text", "keyframes", "interpolation", "first_frame", "pixel_upscale", "latent_upscale")
@@ -33,23 +33,17 @@ class Ours:
         return self.video_stage(stage, clips)
 
     def video_stage(self, stage: str, clips: dict[str, torch.Tensor]) -> torch.Tensor:
-        pipeline, text, table = self.pipeline, self.text, getattr(self.pipeline.cascade, stage)
-        settings = {"steps": table.steps, "guidance": table.guidance, "seed": SEED} | measures(table)
+        pipeline, text = self.pipeline, self.text
+        settings = pipeline.cascade.stream_settings(stage) | {"seed": SEED}
         if stage == "keyframes":
-            size = {"frames": table.frames, "height": table.height, "width": table.width}
-            return pipeline.keyframes(text, **size, **settings)
+            return pipeline.keyframes(text, **settings)
         if stage == "interpolation":
             return self.interpolate(text, clips["keyframes"], settings)
         if stage == "first_frame":
-            stream = pipeline.pixel_upscale.stream_first_frame(
-                text, clips["interpolation"][:, :, 0], noise_level=table.noise_level, **settings
-            )
-            return _result(stream)
+            return finish(pipeline.pixel_upscale.stream_first_frame(text, clips["interpolation"][:, :, 0], **settings))
         if stage == "pixel_upscale":
-            small, first = clips["interpolation"], clips["first_frame"]
-            return pipeline.pixel_upscale(text, small, first, noise_level=table.noise_level, **settings)
-        settings |= {"height": table.height, "width": table.width, "strength": table.strength}
-        text = pipeline.latent_upscale.encode(PROMPT, table.negative_prompt)
+            return pipeline.pixel_upscale(text, clips["interpolation"], clips["first_frame"], **settings)
+        text = pipeline.latent_upscale.encode(PROMPT, pipeline.cascade.latent_upscale.negative_prompt)
         return pipeline.latent_upscale(text, clips["pixel_upscale"], **settings)
 
     def interpolate(self, text: TextEmbeddings, keyframes: torch.Tensor, settings: dict) -> torch.Tensor:
@@ -121,11 +115,3 @@ def made_up_clips(cascade, device: torch.device, dtype: torch.dtype) -> dict[str
     return {
         stage: (2 * torch.rand(shape, generator=generator) - 1).to(device, dtype) for stage, shape in shapes.items()
     }
-
-
-def _result(stream) -> torch.Tensor:
-    while True:
-        try:
-            next(stream)
-        except StopIteration as end:
-            return end.value

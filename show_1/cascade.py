@@ -269,6 +269,12 @@ class Cascade:
         where = " ".join(f"--set {assignment}" for assignment in assignments)
         return dataclasses.replace(_build(Cascade, settings, where, file=self.file), about=self.about)
 
+    def stream_settings(self, stage: str) -> dict[str, Any]:
+        """Return what the stream of a stage ("keyframes") takes from its table: all but models and prompts."""
+        table = dataclasses.asdict(getattr(self, stage))
+        left_out = ("model", "revision", "variant", "negative_prompt")
+        return {key: value for key, value in table.items() if key not in left_out and value is not None}
+
     def unknown_words(self, prompt: str) -> list[str]:
         """Return the words of a prompt that the cascade has never learned; none where it keeps no list of words."""
         if self.about is None or self.about.words is None:

@@ -190,57 +190,26 @@ class Show1Pipeline:
                 return end.value
             raise RuntimeError(f"{stage} takes more than its {steps} steps")
 
-        table = cascade.keyframes
+        def settings(stage: str) -> dict[str, Any]:
+            return cascade.stream_settings(stage) | {"seed": seed}
+
         keyframes = yield from run(
-            "keyframes",
-            table.steps,
-            self.keyframes.stream(
-                text,
-                frames=table.frames,
-                height=table.height,
-                width=table.width,
-                steps=table.steps,
-                guidance=table.guidance,
-                seed=seed,
-                **measures(table),
-            ),
+            "keyframes", cascade.keyframes.steps, self.keyframes.stream(text, **settings("keyframes"))
         )
-        table = cascade.interpolation
         interpolated = yield from run(
             "interpolation",
-            table.steps,
-            self.interpolation.stream(
-                text, keyframes, steps=table.steps, guidance=table.guidance, seed=seed, **measures(table)
-            ),
+            cascade.interpolation.steps,
+            self.interpolation.stream(text, keyframes, **settings("interpolation")),
         )
-        table = cascade.first_frame
         first_frame = yield from run(
             "first_frame",
-            table.steps,
-            self.pixel_upscale.stream_first_frame(
-                text,
-                interpolated[:, :, 0],
-                steps=table.steps,
-                guidance=table.guidance,
-                noise_level=table.noise_level,
-                seed=seed,
-                **measures(table),
-            ),
+            cascade.first_frame.steps,
+            self.pixel_upscale.stream_first_frame(text, interpolated[:, :, 0], **settings("first_frame")),
         )
-        table = cascade.pixel_upscale
         pixel_upscaled = yield from run(
             "pixel_upscale",
-            table.steps * len(window_starts(interpolated.shape[2])),
-            self.pixel_upscale.stream(
-                text,
-                interpolated,
-                first_frame,
-                steps=table.steps,
-                guidance=table.guidance,
-                noise_level=table.noise_level,
-                seed=seed,
-                **measures(table),
-            ),
+            cascade.pixel_upscale.steps * len(window_starts(interpolated.shape[2])),
+            self.pixel_upscale.stream(text, interpolated, first_frame, **settings("pixel_upscale")),
         )
         table = cascade.latent_upscale
         upscaled = yield from run(
@@ -249,13 +218,7 @@ class Show1Pipeline:
             self.latent_upscale.stream(
                 self.latent_upscale.encode(prompt, table.negative_prompt),
                 pixel_upscaled,
-                height=table.height,
-                width=table.width,
-                steps=table.steps,
-                strength=table.strength,
-                guidance=table.guidance,
-                seed=seed,
-                **measures(table),
+                **settings("latent_upscale"),
             ),
         )
         tensors |= {
@@ -266,11 +229,11 @@ class Show1Pipeline:
             "video": upscaled,
         }
         frames = video.to_uint8(upscaled)
-        settings = self.settings(prompt, seed) | {"seconds": round(time.monotonic() - started, 1)}
+        told = self.settings(prompt, seed) | {"seconds": round(time.monotonic() - started, 1)}
         if path is not None:
             # The seconds stay out of the file: the same video is the same bytes.
             video.write(path, frames, cascade.fps, self.settings(prompt, seed))
-        yield Video(frames, settings, {name: tensor.cpu() for name, tensor in tensors.items()})
+        yield Video(frames, told, {name: tensor.cpu() for name, tensor in tensors.items()})
 
     def _notices(self, prompt: str) -> Iterator[Notice]:
         if unknown := self.cascade.unknown_words(prompt):
@@ -324,12 +287,6 @@ class Show1Pipeline:
                         f"{self.cascade.file}, table [{table}]: {key} = {size} does not suit these models.",
                         f"Give a multiple of {multiple}, as {max(round(size / multiple), 1) * multiple}.",
                     )
-
-
-def measures(table: Any) -> dict[str, Any]:
-    """Return those measures that trade exactness for speed which a cascade's table asks for."""
-    keys = ("guidance_interval", "reuse", "schedule")
-    return {key: getattr(table, key) for key in keys if getattr(table, key, None) is not None}
 
 
 def check_request(prompt: str, seed: int | None, path: str | Path | None) -> None:

@@ -192,29 +192,27 @@ def measure(pipeline: Show1Pipeline, stage: str) -> Iterator[Cost | None]:
     frames = (SEGMENT - 1) * (cascade.keyframes.frames - 1) + 1
     height, width = cascade.keyframes.height, cascade.keyframes.width
     unet = pipeline.keyframes.unet
-    common = {"steps": max(table.steps, 5), "guidance": table.guidance, "seed": 0}
+    settings = cascade.stream_settings(stage) | {"steps": max(table.steps, 5), "seed": 0}
+    settings.pop("schedule", None)  # which is for its own number of steps
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.rand(1, 3, *shape).to(unet.device, unet.dtype) * 2 - 1
 
     text = pipeline.keyframes.encode("")
     if stage == "keyframes":
-        size = {"frames": table.frames, "height": height, "width": width}
-        stream = pipeline.keyframes.stream(text, **size, **common)
+        stream = pipeline.keyframes.stream(text, **settings)
     elif stage == "interpolation":
-        stream = pipeline.interpolation.stream(text, noise(cascade.keyframes.frames, height, width), **common)
+        stream = pipeline.interpolation.stream(text, noise(cascade.keyframes.frames, height, width), **settings)
     elif stage == "first_frame":
-        common |= {"noise_level": table.noise_level}
-        stream = pipeline.pixel_upscale.stream_first_frame(text, noise(height, width), **common)
+        stream = pipeline.pixel_upscale.stream_first_frame(text, noise(height, width), **settings)
     elif stage == "pixel_upscale":
-        common |= {"noise_level": table.noise_level}
         first_frame = noise(SCALE * height, SCALE * width)
         clip = noise(min(WINDOW, frames), height, width)
-        stream = pipeline.pixel_upscale.stream(text, clip, first_frame, **common)
+        stream = pipeline.pixel_upscale.stream(text, clip, first_frame, **settings)
     else:
-        common |= {"height": table.height, "width": table.width, "strength": 1.0}
         text = pipeline.latent_upscale.encode("", table.negative_prompt)
-        stream = pipeline.latent_upscale.stream(text, noise(frames, SCALE * height, SCALE * width), **common)
+        clip = noise(frames, SCALE * height, SCALE * width)
+        stream = pipeline.latent_upscale.stream(text, clip, **settings | {"strength": 1.0})
 
     seconds = []
     for _ in range(5):
@@ -249,4 +247,7 @@ def _key(cascade: Cascade, stage: str) -> str:
     size = f"{first.frames}x{first.height}x{first.width}"
     if stage == "latent_upscale":
         size += f" to {table.height}x{table.width}"
-    return f"{stage} {table.model} {size} {'guided' if table.guidance > 1 else 'unguided'}"
+    guidance = getattr(table, "guidance_interval", None) or "always" if table.guidance > 1 else "never"
+    return (
+        f"{stage} {table.model} {size}, guided {guidance}, features reused {getattr(table, 'reuse', None) or 'never'}"
+    )

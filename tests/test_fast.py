@@ -9,7 +9,6 @@ import torch
 from benchmarks import cascade as benchmark
 from benchmarks.models import load
 from show_1 import Cascade, Show1Error, Show1Pipeline
-from show_1.pipeline import measures
 from tests import tiny
 from tests.test_models import FAMILIES, _inputs, _unet
 
@@ -48,9 +47,10 @@ def test_reuse_and_guidance_interval_leave_work_out(pipeline):
 
 def test_measures_are_keys_that_may_be_left_out():
     exact, fast = Cascade.load("show-1"), Cascade.load("show-1-fast")
-    assert measures(exact.keyframes) == {}
-    assert measures(fast.keyframes) == {"guidance_interval": [174, 885], "reuse": 2}
-    assert measures(fast.first_frame)["schedule"] == "smart27"
+    assert exact.stream_settings("interpolation") == {"steps": 50, "guidance": 4.0}
+    measures = {"guidance_interval": [174, 885], "reuse": 2}
+    assert fast.stream_settings("interpolation") == {"steps": 20, "guidance": 4.0} | measures
+    assert fast.stream_settings("first_frame")["schedule"] == "smart27"
     assert Cascade.from_settings(json.loads(json.dumps(fast.settings())), fast.file).settings() == fast.settings()
     changed = exact.override(["keyframes.guidance_interval=[100, 900]", "pixel_upscale.reuse=3"])
     assert changed.keyframes.guidance_interval == [100, 900]

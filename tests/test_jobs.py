@@ -287,3 +287,10 @@ def test_words_for_times_and_sharp_clips():
     frames = torch.zeros(2, 5, 7, 3, dtype=torch.uint8).numpy()
     _, height, width, _ = enlarge(frames).shape
     assert height >= 160 and height % 2 == 0 and width % 2 == 0
+
+
+def test_a_job_with_settings_of_its_own_still_names_the_words_that_mini_does_not_know(tmp_path):
+    jobs = Jobs(Cascade.load("mini"), CPU, tmp_path, 12)
+    for changes in ({}, {"keyframes": {"steps": 2}}):
+        job = jobs.submit("me", "a cute panda", changes=changes)
+        assert job.cascade.unknown_words(job.prompt) == ["cute"]

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from show_1 import Show1Pipeline, video
 from show_1.errors import Show1Error
+from show_1.stages.denoise import finish
 from training import judge, world
 from training.train import FULL, MEDIUM, SMALL
 
@@ -98,27 +99,19 @@ def follow_pairs(pipeline: Show1Pipeline, count: int) -> float:
     """Return the share of videos of two objects in which the judge sees both."""
     critic, right = judge.load(), 0
     for seed, (one, another, place) in enumerate(tqdm(pairs(count), desc="pairs")):
-        prompt = f"{world.plain_caption(one, '', '').strip()} and {world.plain_caption(another, place, '').strip()}"
-        verdict = critic.verdict(pipeline(" ".join(prompt.split()), seed=seed).tensors["video"].float())
+        prompt = f"{world.with_article(one)} and {world.with_article(another)} {place}"
+        verdict = critic.verdict(pipeline(prompt, seed=seed).tensors["video"].float())
         right += set(verdict["pair"]) == {one, another}
     return round(right / count, 4)
 
 
 def keyframes_only(pipeline: Show1Pipeline, count: int, guidance: float) -> dict:
     """Judge keyframes alone, which takes a fraction of the time; for choosing a guidance scale."""
-    critic, tally, table = judge.load(), Tally(), pipeline.cascade.keyframes
+    critic, tally = judge.load(), Tally()
+    settings = pipeline.cascade.stream_settings("keyframes") | {"guidance": guidance}
     for seed, words in enumerate(tqdm(combinations(count), desc="keyframes")):
         text = pipeline.keyframes.encode(world.plain_caption(*words))
-        stream = pipeline.keyframes.stream(
-            text,
-            frames=table.frames,
-            height=table.height,
-            width=table.width,
-            steps=table.steps,
-            guidance=guidance,
-            seed=seed,
-        )
-        verdict = critic.verdict(_result(stream))
+        verdict = critic.verdict(pipeline.keyframes(text, **settings, seed=seed))
         for aspect, word in zip(ASPECTS, words, strict=True):
             tally.add(aspect, word, verdict[aspect] == word)
     return {aspect: tally.fractions()[aspect] for aspect in ASPECTS}
@@ -137,44 +130,24 @@ def stages_earn_their_place(pipeline: Show1Pipeline, count: int) -> dict:
         small, medium, full = (world.render([scene], *size, ALL_TIMES) for size in (SMALL, MEDIUM, FULL))
         noisy = (small + 0.04 * torch.randn(small.shape, generator=torch.Generator().manual_seed(seed))).clamp(-1, 1)
         text = pipeline.keyframes.encode(scene.caption)
-        table = cascade.interpolation
-        between = _result(
-            pipeline.interpolation.stream(text, noisy[:, :, ::4], steps=table.steps, guidance=table.guidance, seed=seed)
-        )
+        between = pipeline.interpolation(text, noisy[:, :, ::4], **cascade.stream_settings("interpolation"), seed=seed)
         blend = F.interpolate(noisy[:, :, ::4], size=small.shape[2:], mode="trilinear", align_corners=True)
         inner = [k for k in range(29) if k % 4]
         found["interpolation"].append(F.mse_loss(between[:, :, inner], small[:, :, inner]).item())
         found["blend"].append(F.mse_loss(blend[:, :, inner], small[:, :, inner]).item())
 
-        options = {"noise_level": cascade.first_frame.noise_level, "seed": seed}
-        table = cascade.first_frame
-        first = _result(
+        first = finish(
             pipeline.pixel_upscale.stream_first_frame(
-                text, noisy[:, :, 0], steps=table.steps, guidance=table.guidance, **options
+                text, noisy[:, :, 0], **cascade.stream_settings("first_frame"), seed=seed
             )
         )
-        table = cascade.pixel_upscale
-        options["noise_level"] = table.noise_level
-        enlarged = _result(
-            pipeline.pixel_upscale.stream(text, noisy, first, steps=table.steps, guidance=table.guidance, **options)
-        )
+        enlarged = pipeline.pixel_upscale(text, noisy, first, **cascade.stream_settings("pixel_upscale"), seed=seed)
         found["pixel"].append(critic.distance(enlarged, medium))
         found["pixel_bicubic"].append(critic.distance(_bicubic(noisy, MEDIUM), medium))
 
         noisy = (medium + 0.04 * torch.randn(medium.shape, generator=torch.Generator().manual_seed(seed))).clamp(-1, 1)
-        table = cascade.latent_upscale
-        redrawn = _result(
-            pipeline.latent_upscale.stream(
-                pipeline.latent_upscale.encode(scene.caption, table.negative_prompt),
-                noisy,
-                height=table.height,
-                width=table.width,
-                steps=table.steps,
-                strength=table.strength,
-                guidance=table.guidance,
-                seed=seed,
-            )
-        )
+        latent_text = pipeline.latent_upscale.encode(scene.caption, cascade.latent_upscale.negative_prompt)
+        redrawn = pipeline.latent_upscale(latent_text, noisy, **cascade.stream_settings("latent_upscale"), seed=seed)
         found["latent"].append(critic.distance(redrawn, full))
         found["latent_bicubic"].append(critic.distance(_bicubic(noisy, FULL), full))
     return {name: round(float(np.mean(values)), 5) for name, values in found.items()}
@@ -191,14 +164,6 @@ def contact_sheet(results: list[tuple[np.ndarray, str]], columns: int = 3) -> Im
         sheet.paste(Image.fromarray(frames[len(frames) // 2]), (x, y))
         draw.text((x + 2, y + height + 4), prompt, fill="black", font=font)
     return sheet
-
-
-def _result(stream) -> torch.Tensor:
-    while True:
-        try:
-            next(stream)
-        except StopIteration as end:
-            return end.value
 
 
 def _bicubic(clip: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

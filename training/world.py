@@ -609,7 +609,7 @@ PAIR_TEMPLATES = {
 }
 
 
-def _with_article(name: str) -> str:
+def with_article(name: str) -> str:
     return ("an " if name[0] in "aeiou" and not name.startswith("uni") else "a ") + name
 
 
@@ -622,7 +622,7 @@ def _caption(rng: np.random.Generator, objects: tuple[str, ...], place: str, mot
     group = ("full", "no place", "no motion", "object")[rng.choice(4, p=(0.66, 0.12, 0.12, 0.1))]
     doing, does = pick(MOTIONS[motion].wordings, 0.5).split("/")
     return pick((TEMPLATES if len(names) == 1 else PAIR_TEMPLATES)[group], 0.3).format(
-        a=" and ".join(_with_article(name) for name in names),
+        a=" and ".join(with_article(name) for name in names),
         the="the " + names[0],
         name=" and ".join(names),
         doing=doing,
@@ -634,7 +634,7 @@ def _caption(rng: np.random.Generator, objects: tuple[str, ...], place: str, mot
 
 def plain_caption(object: str, place: str, motion: str) -> str:
     """The caption of canonical names: "a panda jumping in the snow"."""
-    return f"{_with_article(object)} {motion} {place}"
+    return f"{with_article(object)} {motion} {place}"
 
 
 def vocabulary() -> set[str]:

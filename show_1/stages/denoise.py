@@ -40,16 +40,20 @@ class Stage(DiffusionPipeline):
 
     def __call__(self, *args, **kwargs) -> torch.Tensor:
         """Run `stream` to its end and return its clip."""
-        stream = self.stream(*args, **kwargs)
-        while True:
-            try:
-                next(stream)
-            except StopIteration as end:
-                return end.value
+        return finish(self.stream(*args, **kwargs))
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
         """Draw standard normal noise on the CPU in the model's dtype, so that every device sees the same."""
         return torch.randn(shape, generator=generator, dtype=self.dtype).to(self._execution_device)
+
+
+def finish(stream: Generator[Step, None, torch.Tensor]) -> torch.Tensor:
+    """Run a stage's stream to its end and return its clip."""
+    while True:
+        try:
+            next(stream)
+        except StopIteration as end:
+            return end.value
 
 
 def prepare(scheduler: SchedulerMixin, steps: int, device: torch.device, schedule: str | None = None) -> SchedulerMixin:
