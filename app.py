@@ -26,6 +26,7 @@ from gradio import processing_utils
 
 from show_1 import Cascade, Show1Error
 from show_1.cascade import STAGES
+from show_1.errors import exit_code
 from show_1.jobs import CANCELLED, CHANGEABLE, DONE, FAILED, RUNNING, STOPPED, WAITING, Job, Jobs, duration
 from show_1.pipeline import MAX_SEED, check_device, default_cascade, draw_seed
 from show_1.replay import differences, here, read
@@ -623,15 +624,8 @@ class _told:
 
 
 def main() -> int:
-    try:
-        _serve(_parser().parse_args())
-    except Show1Error as error:
-        print(f"{error.problem}\n{error.remedy}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Cancelled.", file=sys.stderr)
-        return 130
-    return 0
+    arguments = _parser().parse_args()
+    return exit_code(lambda: _serve(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from show_1 import access
 from show_1.cascade import Cascade
-from show_1.errors import Show1Error
+from show_1.errors import Show1Error, exit_code
 from show_1.hub import COMPONENTS
 
 
@@ -30,19 +30,16 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="save nothing, only say how things are")
     parser.add_argument("--cascade", metavar="NAME|FILE", default="show-1", help="whose models; default: show-1")
     arguments = parser.parse_args()
-    try:
-        cascade = Cascade.load(arguments.cascade)
-        token, account = _account(arguments)
-        if not arguments.check:
-            _save(token)
-        print(f"{'The token is' if arguments.check else 'Logged in with the token'} of {account.name}.")
-        return _report(cascade, token)
-    except Show1Error as error:
-        print(f"{error.problem}\n{error.remedy}", file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, EOFError):
-        print("Cancelled.", file=sys.stderr)
-        return 130
+    return exit_code(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    cascade = Cascade.load(arguments.cascade)
+    token, account = _account(arguments)
+    if not arguments.check:
+        _save(token)
+    print(f"{'The token is' if arguments.check else 'Logged in with the token'} of {account.name}.")
+    return _report(cascade, token)
 
 
 def _account(arguments: argparse.Namespace) -> tuple[str, access.Account]:
@@ -81,7 +78,10 @@ def _ask() -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("error", getpass.GetPassWarning)  # else it would go on and show it
             return getpass.getpass("Token: ")
+    except EOFError:  # Ctrl-D
+        raise KeyboardInterrupt from None
     except (getpass.GetPassWarning, NotImplementedError, RuntimeError) as error:
+        # In a kernel whose notebook cannot ask, ipykernel raises a NotImplementedError, in some a RuntimeError.
         raise nobody from error
 
 

@@ -24,6 +24,7 @@ from benchmarks import models
 from benchmarks.ways import STAGES, Original, Ours, made_up_clips
 from show_1 import Cascade, Show1Error, hub, placement
 from show_1.command_line import DTYPES
+from show_1.errors import exit_code
 from show_1.pipeline import check_device, default_cascade
 
 MEASURES = ("steps", "schedule", "guidance_interval", "reuse")  # of a fast cascade; steps take their schedule along
@@ -234,12 +235,8 @@ def _number(value: float | None) -> str:
 
 
 def main() -> int:
-    try:
-        _run(_parser().parse_args())
-    except Show1Error as error:
-        print(f"{error.problem}\n{error.remedy}", file=sys.stderr)
-        return 2
-    return 0
+    arguments = _parser().parse_args()
+    return exit_code(lambda: _run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:

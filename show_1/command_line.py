@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from show_1 import hosts
 from show_1.cascade import Cascade
-from show_1.errors import Show1Error
+from show_1.errors import Show1Error, exit_code
 from show_1.pipeline import (
     MAX_SEED,
     Show1Pipeline,
@@ -33,17 +33,7 @@ OUTPUTS = hosts.detect().outputs
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
-    try:
-        _run(arguments)
-    except Show1Error as error:
-        if arguments.debug:
-            raise
-        print(f"{error.problem}\n{error.remedy}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Cancelled.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: _run(arguments), debug=arguments.debug)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from huggingface_hub import constants, get_token
 
 from show_1 import access, hub, versions
 from show_1.cascade import Cascade
-from show_1.errors import Show1Error, first_line
+from show_1.errors import Show1Error, exit_code, first_line
 from show_1.hub import COMPONENTS, Model, gigabytes
 
 ON_CPU = 4e9  # bytes of weights, beyond which a video on the CPU would take many hours
@@ -43,13 +42,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--models", metavar="DIR", type=Path, help="take hub models from DIR/owner/name")
     parser.add_argument("--offline", action="store_true", help="ask no network: what was fetched before must do")
     arguments = parser.parse_args(argv)
-    try:
-        cascade = Cascade.load(arguments.cascade)
-    except Show1Error as error:
-        print(f"{error.problem}\n{error.remedy}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: _run(Cascade.load(arguments.cascade), arguments.models, arguments.offline))
+
+
+def _run(cascade: Cascade, models: Path | None, offline: bool) -> int:
     good = True
-    for finding in examine(cascade, arguments.models, arguments.offline):
+    for finding in examine(cascade, models, offline):
         print(finding, flush=True)
         good &= finding.good
     print(f"{cascade.name} can run here." if good else f"{cascade.name} cannot run here yet.")

@@ -1,4 +1,7 @@
-"""The one exception that users meet: what is wrong, and what to do about it."""
+"""The one exception that users meet: what is wrong, and what to do about it; and how commands tell it."""
+
+import sys
+from collections.abc import Callable
 
 
 class Show1Error(Exception):
@@ -17,3 +20,20 @@ class Show1Error(Exception):
 def first_line(error: Exception) -> str:
     """Return what a library's error says, as part of a sentence; some say nothing but their name, some a page."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def exit_code(command: Callable[[], int | None], *, debug: bool = False) -> int:
+    """Run a command and return its exit code: its own, 2 after bad input, told in two sentences, or 130 after Ctrl-C.
+
+    With `debug`, bad input is raised instead, with its traceback.
+    """
+    try:
+        return command() or 0
+    except Show1Error as error:
+        if debug:
+            raise
+        print(f"{error.problem}\n{error.remedy}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Cancelled.", file=sys.stderr)
+        return 130

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from show_1 import video
 from show_1.cascade import Cascade
-from show_1.errors import Show1Error
+from show_1.errors import Show1Error, exit_code
 from show_1.jobs import clip_frames
 from show_1.pipeline import Clip, Show1Pipeline, StepDone, Video, check_device, check_request, versions
 
@@ -79,14 +79,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--device", help="default: the one it was made on, where it is here")
     parser.add_argument("--out", metavar="FILE.mp4", type=Path, help="keep the new video there")
     arguments = parser.parse_args(argv)
-    try:
-        return _replay(arguments)
-    except Show1Error as error:
-        print(f"{error.problem}\n{error.remedy}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Cancelled.", file=sys.stderr)
-        return 130
+    return exit_code(lambda: _replay(arguments))
 
 
 def _replay(arguments: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from show_1 import Show1Pipeline, video
-from show_1.errors import Show1Error
+from show_1.errors import exit_code
 from show_1.stages.denoise import finish
 from training import judge, world
 from training.train import FULL, MEDIUM, SMALL
@@ -207,7 +207,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Show1Error as error:
-        sys.exit(f"{error.problem}\n{error.remedy}")
+    sys.exit(exit_code(main))

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from show_1.errors import Show1Error
 from training import world
-from training.train import FULL, KEYFRAME_TIMES, SMALL, Batches
+from training.train import FULL, KEYFRAME_TIMES, SMALL, Batches, labels
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
 SIZE = (80, 144)  # height, width of what it looks at: half the final size
@@ -82,7 +82,10 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def distance(self, clip: torch.Tensor, truth: torch.Tensor) -> float:
-        """Return how differently the judge sees two clips, as LPIPS does (arXiv 1801.03924), with its own features."""
+        """Return how differently the judge sees two clips, as LPIPS does (arXiv 1801.03924), with its own features.
+
+        Both are looked at in the judge's size: of larger clips, their finest detail is not seen.
+        """
         pairs = zip(*(self.features(look(c.float()).transpose(1, 2).flatten(0, 1)) for c in (clip, truth)), strict=True)
         return sum((F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean().item() for a, b in pairs)
 
@@ -99,24 +102,15 @@ def _resize(clip: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return resized.unflatten(0, (len(clip), -1)).transpose(1, 2)
 
 
-def clips(rng: np.random.Generator, *, augment: bool = True) -> dict:
-    """Return a batch of clips with what they show; for training half of them as coarse as keyframes, some noisy."""
+def clips(rng: np.random.Generator) -> dict:
+    """Return a batch of clips with what they show: half of them as coarse as keyframes, some noisy or discoloured."""
     scenes = [world.sample(rng) for _ in range(16)]
     clip = world.render(scenes, *SIZE, KEYFRAME_TIMES)
-    if augment:
-        coarse = _resize(_resize(clip[::2], SMALL), SIZE)
-        clip[::2] = coarse.lerp(clip[::2], float(rng.random()))
-        clip += 0.15 * torch.rand(len(clip), 1, 1, 1, 1) * torch.randn_like(clip)
-        clip = clip * (0.9 + 0.2 * torch.rand(len(clip), 1, 1, 1, 1)) + 0.2 * (torch.rand(len(clip), 3, 1, 1, 1) - 0.5)
-    objects = torch.zeros(len(scenes), len(OBJECTS))
-    for row, scene in zip(objects, scenes, strict=True):
-        row[[OBJECTS.index(name) for name in scene.objects]] = 1
-    return {
-        "clip": clip,
-        "objects": objects,
-        "place": torch.tensor([PLACES.index(scene.place) for scene in scenes]),
-        "motion": torch.tensor([MOTIONS.index(scene.motion) for scene in scenes]),
-    }
+    coarse = _resize(_resize(clip[::2], SMALL), SIZE)
+    clip[::2] = coarse.lerp(clip[::2], float(rng.random()))
+    clip += 0.15 * torch.rand(len(clip), 1, 1, 1, 1) * torch.randn_like(clip)
+    clip = clip * (0.9 + 0.2 * torch.rand(len(clip), 1, 1, 1, 1)) + 0.2 * (torch.rand(len(clip), 3, 1, 1, 1) - 0.5)
+    return {"clip": clip} | labels(scenes)
 
 
 def load() -> Judge:
@@ -161,10 +155,10 @@ def accuracy(judge: Judge, batches: int = 16) -> dict[str, float]:
     rng, right, count = np.random.default_rng(12345), dict.fromkeys(("object", "place", "motion"), 0), 0
     for _ in range(batches):
         scenes = [world.sample(rng, train=False) for _ in range(16)]
-        verdicts = judge(world.render(scenes, *FULL, KEYFRAME_TIMES))
-        for name, logits, known in zip(right, verdicts, (OBJECTS, PLACES, MOTIONS), strict=True):
-            truth = [known.index(scene.objects[0] if name == "object" else getattr(scene, name)) for scene in scenes]
-            right[name] += (logits.argmax(1) == torch.tensor(truth)).sum().item()
+        truth = labels(scenes)
+        truths = (truth["objects"].argmax(1), truth["place"], truth["motion"])
+        for name, logits, true in zip(right, judge(world.render(scenes, *FULL, KEYFRAME_TIMES)), truths, strict=True):
+            right[name] += (logits.argmax(1) == true).sum().item()
         count += len(scenes)
     return {name: hits / count for name, hits in right.items()}
 

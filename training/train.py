@@ -33,7 +33,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from show_1.errors import Show1Error
+from show_1.errors import Show1Error, exit_code
 from training import models, world
 
 MINI = Path(__file__).parents[1] / "show_1" / "mini"
@@ -86,14 +86,19 @@ def _scenes(rng: np.random.Generator, count: int) -> tuple[list[world.Scene], li
 def captions(rng: np.random.Generator) -> dict:
     """Captions with made-up words strewn in, and what they speak of (or would, where a part is left out)."""
     scenes = [world.sample(rng) for _ in range(96)]
-    objects = torch.zeros(len(scenes), len(world.OBJECTS))
-    for row, scene in zip(objects, scenes, strict=True):
-        row[[list(world.OBJECTS).index(name) for name in scene.objects]] = 1
+    return {"captions": [_strewn(rng, scene.caption) for scene in scenes]} | labels(scenes)
+
+
+def labels(scenes: list[world.Scene]) -> dict[str, torch.Tensor]:
+    """Return what scenes show: objects (scenes, 50), 1 for those that are there, and indices of place and motion."""
+    objects, places, motions = list(world.OBJECTS), list(world.PLACES), list(world.MOTIONS)
+    there = torch.zeros(len(scenes), len(objects))
+    for row, scene in zip(there, scenes, strict=True):
+        row[[objects.index(name) for name in scene.objects]] = 1
     return {
-        "captions": [_strewn(rng, scene.caption) for scene in scenes],
-        "objects": objects,
-        "place": torch.tensor([list(world.PLACES).index(scene.place) for scene in scenes]),
-        "motion": torch.tensor([list(world.MOTIONS).index(scene.motion) for scene in scenes]),
+        "objects": there,
+        "place": torch.tensor([places.index(scene.place) for scene in scenes]),
+        "motion": torch.tensor([motions.index(scene.motion) for scene in scenes]),
     }
 
 
@@ -603,7 +608,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Show1Error as error:
-        sys.exit(f"{error.problem}\n{error.remedy}")
+    sys.exit(exit_code(main))
