@@ -75,9 +75,9 @@ class Tally:
         return found
 
 
-def follow_prompts(pipeline: Show1Pipeline, count: int, sheet: Path | None) -> dict:
-    """Make and judge `count` videos of single objects; `sheet` gets a still of each of the first twelve."""
-    critic, tallies, stills, seconds = judge.load(), {clip: Tally() for clip in CLIPS}, [], []
+def follow_prompts(pipeline: Show1Pipeline, count: int, pictures: Path | None) -> dict:
+    """Make and judge `count` videos of single objects; see `show` for what goes to the folder `pictures`."""
+    critic, tallies, shown, seconds = judge.load(), {clip: Tally() for clip in CLIPS}, [], []
     for seed, words in enumerate(tqdm(combinations(count), desc="videos")):
         prompt = world.plain_caption(*words)
         result = pipeline(prompt, seed=seed)
@@ -86,10 +86,10 @@ def follow_prompts(pipeline: Show1Pipeline, count: int, sheet: Path | None) -> d
             verdict = critic.verdict(result.tensors[clip].float())
             for aspect, word in zip(ASPECTS, words, strict=True):
                 tally.add(aspect, word, verdict[aspect] == word)
-        if len(stills) < 12:
-            stills.append((result.frames, prompt))
-    if sheet is not None:
-        contact_sheet(stills).save(sheet)
+        if len(shown) < 12:
+            shown.append((result.frames, prompt))
+    if pictures is not None:
+        show(shown, pictures)
     found = tallies["video"].fractions() | {"videos": len(seconds), "seconds_per_video": round(np.median(seconds), 1)}
     stages = {clip: {a: tally.fractions()[a] for a in ASPECTS} for clip, tally in tallies.items()}
     return found | {"stages": stages}
@@ -153,6 +153,17 @@ def stages_earn_their_place(pipeline: Show1Pipeline, count: int) -> dict:
     return {name: round(float(np.mean(values)), 5) for name, values in found.items()}
 
 
+def show(results: list[tuple[np.ndarray, str]], folder: Path) -> None:
+    """Write a contact sheet of the videos, mini.png, and the first three as moving pictures, mini-1.webp, …"""
+    folder.mkdir(parents=True, exist_ok=True)
+    contact_sheet(results).save(folder / "mini.png", optimize=True)
+    for number, (frames, _) in enumerate(results[:3], start=1):
+        first, *others = (Image.fromarray(frame) for frame in frames)
+        first.save(
+            folder / f"mini-{number}.webp", save_all=True, append_images=others, duration=125, loop=0, quality=75
+        )
+
+
 def contact_sheet(results: list[tuple[np.ndarray, str]], columns: int = 3) -> Image.Image:
     """Return a still of each video, its middle frame, with the prompt under it."""
     height, width = results[0][0].shape[1:3]
@@ -176,24 +187,24 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=132, help="how many, of one object each")
     parser.add_argument("--pairs", type=int, default=24, help="how many, of two objects each")
     parser.add_argument("--stages", type=int, default=12, help="how many true clips the stages are measured on")
-    parser.add_argument("--keyframes", type=int, default=66, help="how many keyframes for the effect of guidance")
+    parser.add_argument("--guidance", default="1", metavar="A,B", help="scales to judge 66 keyframes with, or nothing")
     parser.add_argument("--cascade", default="mini", metavar="NAME|FILE")
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a contact sheet of twelve videos there")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FOLDER", help="write a contact sheet and some moving pictures"
+    )
     arguments = parser.parse_args()
     world.sprites()  # a missing font is said here, not after an hour
     pipeline = Show1Pipeline.from_cascade(arguments.cascade, arguments.device)
     began, found = time.monotonic(), {}
     if arguments.videos:
-        found |= follow_prompts(pipeline, arguments.videos, arguments.sheet)
+        found |= follow_prompts(pipeline, arguments.videos, arguments.pictures)
     if arguments.pairs:
         found["pair"] = follow_pairs(pipeline, arguments.pairs)
-    if arguments.keyframes:
-        guidance = pipeline.cascade.keyframes.guidance
-        found["guidance"] = {
-            scale: keyframes_only(pipeline, arguments.keyframes, scale) for scale in (1.0, guidance, 2 * guidance)
-        }
+    if arguments.guidance:
+        scales = [float(scale) for scale in arguments.guidance.split(",")]
+        found["guidance"] = {scale: keyframes_only(pipeline, 66, scale) for scale in scales}
     if arguments.stages:
         found["earned"] = stages_earn_their_place(pipeline, arguments.stages)
     found |= {

@@ -63,7 +63,10 @@ _LATENT = {
     "use_linear_projection": True,
 }
 UNETS = {
-    "keyframes": _SMALL | {"in_channels": 3, "block_out_channels": [32, 64, 128], "layers_per_block": [1, 2, 1]},
+    "keyframes": _SMALL
+    | {"in_channels": 3, "block_out_channels": [32, 96, 96], "layers_per_block": [1, 2, 2], "time_embedding_dim": 256}
+    | {"down_block_types": ["ResnetDownsampleBlock3D"] * 2 + ["SimpleCrossAttnDownBlock3D"]}
+    | {"up_block_types": ["SimpleCrossAttnUpBlock3D"] + ["ResnetUpsampleBlock3D"] * 2},
     "interpolation": _SMALL
     | {"attention_head_dim": 8, "in_channels": 7, "block_out_channels": [32, 64, 64], "layers_per_block": 1},
     "pixel_upscale": _UPSCALE,

@@ -138,13 +138,13 @@ def _rise(direction: int, t: Tensor, r: Tensor):
 
 
 def _jump(t: Tensor, r: Tensor):
-    jumps, height = _between(1, 2, r[0]), _between(0.3, 0.42, r[1])
-    y = 0.2 - height * (math.pi * (jumps * t + r[2])).sin().abs()
+    jumps, height = _between(1.4, 2.2, r[0]), _between(0.3, 0.42, r[1])
+    y = 0.2 - height * (math.pi * (jumps * t + 0.3 * r[2])).sin().abs()
     return _between(-0.35, 0.35, r[3]) + _between(-0.12, 0.12, r[4]) * (t - 0.5), y, 0.9 + 0 * t, 0 * t
 
 
 def _spin(t: Tensor, r: Tensor):
-    turns = _between(0.5, 0.9, r[0]) * (2 * (r[1] > 0.5) - 1)
+    turns = _between(0.5, 0.9, r[0])
     return _between(-0.35, 0.35, r[2]) + 0 * t, _between(-0.08, 0.1, r[3]) + 0 * t, 1 + 0 * t, 2 * math.pi * turns * t
 
 
@@ -155,13 +155,13 @@ def _resize(direction: int, t: Tensor, r: Tensor):
 
 
 def _swing(t: Tensor, r: Tensor):
-    angle = _between(0.45, 0.7, r[0]) * (2 * math.pi * (_between(1, 1.5, r[1]) * t + r[2])).sin()
+    angle = _between(0.45, 0.7, r[0]) * (2 * math.pi * (_between(1, 1.5, r[1]) * t + 0.25 * r[2])).sin()
     # Like a pendulum that hangs from a point above the object.
     return _between(-0.3, 0.3, r[3]) - 0.42 * angle.sin(), 0.42 * angle.cos() - 0.36, 0.95 + 0 * t, angle
 
 
 def _circle(t: Tensor, r: Tensor):
-    angle = 2 * math.pi * (_between(0.85, 1.2, r[0]) * t * (2 * (r[1] > 0.5) - 1) + r[2])
+    angle = 2 * math.pi * (_between(0.85, 1.2, r[0]) * t * (2 * (r[1] > 0.5) - 1) + 0.25 * r[2])
     radius = _between(0.2, 0.26, r[3])
     return _between(-0.2, 0.2, r[4]) + 1.2 * radius * angle.cos(), radius * angle.sin(), 0.85 + 0 * t, 0 * t
 
@@ -696,8 +696,17 @@ def sprites() -> list[Tensor]:
     return [F.interpolate(full, size=(n, n), mode="bilinear", antialias=True, align_corners=False) for n in LEVELS]
 
 
+def paths(scenes: list[Scene], times: Tensor) -> Tensor:
+    """(4, clips, frames): x, y, relative size and angle along the path of every scene; times as for `render`."""
+    return _paths(scenes, _numbers(scenes), times.float().expand(len(scenes), -1))
+
+
+def _numbers(scenes: list[Scene]) -> Tensor:
+    numbers = [np.random.default_rng(scene.seed).random(RANDOM_NUMBERS, np.float32) for scene in scenes]
+    return torch.from_numpy(np.stack(numbers))
+
+
 def _paths(scenes: list[Scene], numbers: Tensor, times: Tensor) -> Tensor:
-    """(4, clips, frames): x, y, relative size and angle along the path of every scene."""
     paths = torch.empty(4, *times.shape)
     for motion in dict.fromkeys(scene.motion for scene in scenes):
         chosen = torch.tensor([index for index, scene in enumerate(scenes) if scene.motion == motion])
@@ -708,14 +717,13 @@ def _paths(scenes: list[Scene], numbers: Tensor, times: Tensor) -> Tensor:
 def _place(scenes: list[Scene], numbers: Tensor, paths: Tensor, order: int) -> Tensor:
     """(5, clips, frames): x, y, size, angle and flip of each scene's first (order 0) or second object."""
     x, y, size, angle = paths
-    base, tilt, turn, gap = numbers[:, PATH_NUMBERS - 4 : PATH_NUMBERS].T[..., None]
+    base, tilt, _, gap = numbers[:, PATH_NUMBERS - 4 : PATH_NUMBERS].T[..., None]
     pair = torch.tensor([[len(scene.objects) == 2] for scene in scenes])
     x = torch.where(pair, 0.45 * x + (2 * order - 1) * _between(0.27, 0.33, gap), x)
     size = size * torch.where(pair, _between(0.42, 0.5, base), _between(0.58, 0.75, base))
     looks = torch.tensor([[OBJECTS[scene.objects[order]].faces] for scene in scenes])
     wanted = torch.tensor([[MOTIONS[scene.motion].faces] for scene in scenes])
-    wanted = torch.where(wanted == 0, (turn > 0.5) * 2 - 1, wanted)
-    flip = torch.where(looks == -wanted, -1.0, 1.0)
+    flip = torch.where((wanted != 0) & (looks == -wanted), -1.0, 1.0)
     return torch.stack(torch.broadcast_tensors(x, y, size, angle + _between(-0.12, 0.12, tilt), flip))
 
 
@@ -750,8 +758,7 @@ def render(scenes: list[Scene], height: int, width: int, times: Tensor, *, cover
         return F.avg_pool3d(big, (1, 2, 2))
     times = times.float().expand(len(scenes), -1)
     count = times.shape[1]
-    numbers = np.stack([np.random.default_rng(scene.seed).random(RANDOM_NUMBERS, np.float32) for scene in scenes])
-    numbers = torch.from_numpy(numbers)
+    numbers = _numbers(scenes)
     clips = torch.zeros(len(scenes), count, 4, height, width)
     for place in dict.fromkeys(scene.place for scene in scenes):
         chosen = torch.tensor([index for index, scene in enumerate(scenes) if scene.place == place])
