@@ -4,9 +4,11 @@ import errno
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+from torch import multiprocessing
 from transformers import T5EncoderModel
 
 from show_1.errors import Show1Error
@@ -21,6 +23,7 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "MINI", tmp_path / "mini")
     monkeypatch.setattr(train, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(train, "LOG", tmp_path / "log.jsonl")
+    monkeypatch.setattr(train, "captions", partial(train.captions, count=4))
     return tmp_path
 
 
@@ -45,6 +48,22 @@ def test_goes_on_where_it_stopped(folders):
     assert not [name for name in _files(folders) if "part" in name]
     encoder = T5EncoderModel.from_pretrained(folders / "mini/show-1-base/text_encoder")
     assert encoder.shared.weight.dtype == torch.float16
+
+
+def test_processes_that_train_together_end_with_the_same_weights(tmp_path):
+    """Two processes, each with batches of its own; after they have met, both hold the mean of their weights."""
+    meeting = f"file://{tmp_path}/meeting"
+    multiprocessing.spawn(_meet_once, (meeting, tmp_path), nprocs=2)
+    one, another = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert one["seconds"] == another["seconds"] == 15
+    assert torch.equal(one["weights"], another["weights"]) and torch.equal(one["weights"], torch.full((3,), 0.5))
+
+
+def _meet_once(rank: int, meeting: str, folder) -> None:
+    train.join(meeting, rank, 2)
+    weights = torch.nn.Parameter(torch.full((3,), float(rank)))
+    seconds = train._meet([weights], 10.0 + 10 * rank)
+    torch.save({"weights": weights.detach(), "seconds": seconds}, folder / f"{rank}.pt")
 
 
 def test_a_full_disk_loses_nothing(folders, monkeypatch):

@@ -76,9 +76,9 @@ def _scenes(rng: np.random.Generator, count: int) -> tuple[list[world.Scene], li
     return scenes, ["" if rng.random() < TEXT_DROPPED else scene.caption for scene in scenes]
 
 
-def captions(rng: np.random.Generator) -> dict:
+def captions(rng: np.random.Generator, count: int = 64) -> dict:
     """Captions with made-up words strewn in, and what they speak of (or would, where a part is left out)."""
-    scenes = [world.sample(rng) for _ in range(64)]
+    scenes = [world.sample(rng) for _ in range(count)]
     return {"captions": [_strewn(rng, scene.caption) for scene in scenes]} | labels(scenes)
 
 
@@ -621,6 +621,13 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
             break
 
 
+def join(address: str, rank: int, processes: int) -> None:
+    """Become one of several processes that train together; they find each other at `address`, file://…"""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
+
+
 def _meet(parameters: list[nn.Parameter], seconds: float) -> float:
     """Average weights and time among the processes that train together; return the time."""
     if not distributed.is_initialized():
@@ -735,10 +742,7 @@ def main() -> None:
 def _train(rank: int, meeting: tuple[str, int] | None, arguments: argparse.Namespace, device: torch.device) -> None:
     """Train the wanted stages as one of several processes that know each other by `meeting`, or alone."""
     if meeting is not None:
-        address, processes = meeting
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
+        join(meeting[0], rank, meeting[1])
     for name, (_, share) in STAGES.items():
         if arguments.stage in ("all", name):
             share = share if arguments.stage == "all" else 1
