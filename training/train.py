@@ -214,14 +214,9 @@ def around(middle: float, spread: float) -> Callable[[int], torch.Tensor]:
     return lambda count: (1000 * torch.sigmoid(middle + spread * torch.randn(count))).long().clamp(0, 999)
 
 
-def visited(*levels: int) -> Callable[[int], torch.Tensor]:
-    """Return what draws mostly those noise levels that a sampler of few steps visits, and at times any below."""
-
-    def draw_levels(count: int) -> torch.Tensor:
-        chosen = torch.tensor(levels)[torch.randint(0, len(levels), (count,))]
-        return torch.where(torch.rand(count) < 0.8, chosen, torch.randint(0, max(levels) + 1, (count,)))
-
-    return draw_levels
+def mostly(level: int) -> Callable[[int], torch.Tensor]:
+    """Return what draws mostly the noise level from which a sampler of one step starts, and at times any below."""
+    return lambda count: torch.where(torch.rand(count) < 0.8, level, torch.randint(0, level + 1, (count,)))
 
 
 def native_bfloat16(device: torch.device) -> bool:
@@ -436,19 +431,19 @@ def keyframes_stage(device: torch.device) -> Stage:
 def interpolation_stage(device: torch.device) -> Stage:
     unet = models.video_unet("interpolation")
     _start_from(unet, MINI / "show-1-interpolation" / "unet")
-    return pixel_stage(unet, segments, "show-1-interpolation/unet", device, visited(999, 666, 333))
+    return pixel_stage(unet, segments, "show-1-interpolation/unet", device, mostly(999))
 
 
 def first_frame_stage(device: torch.device) -> Stage:
     unet = models.picture_unet("pixel_upscale").to(memory_format=torch.channels_last)
     _start_from(unet, MINI / "IF-II-L" / "unet")
-    return pixel_stage(unet, enlarged_pictures, "IF-II-L/unet", device, visited(999, 666, 333))
+    return pixel_stage(unet, enlarged_pictures, "IF-II-L/unet", device, mostly(999))
 
 
 def pixel_upscale_stage(device: torch.device) -> Stage:
     unet = models.video_unet("pixel_upscale")
     _start_from(unet, MINI / "show-1-sr1" / "unet", MINI / "IF-II-L" / "unet")
-    return pixel_stage(unet, enlarged_windows, "show-1-sr1/unet", device, visited(999, 500))
+    return pixel_stage(unet, enlarged_windows, "show-1-sr1/unet", device, mostly(999))
 
 
 def vae_stage(device: torch.device) -> Stage:
@@ -489,9 +484,7 @@ def latent_upscale_stage(device: torch.device) -> Stage:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=native_bfloat16(device)):
             clean, enlarged = latents(batch["clean"]).float(), latents(batch["enlarged"]).float()
         states = _states(trained["text_encoder"], _tokens(tokenizer, batch))
-        return velocity_loss(
-            trained["unet"], states, {"clean": clean, "degraded": enlarged}, visited(300, 200, 100), top=300
-        )
+        return velocity_loss(trained["unet"], states, {"clean": clean, "degraded": enlarged}, mostly(100), top=100)
 
     return Stage(
         trained,
