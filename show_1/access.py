@@ -27,7 +27,7 @@ from show_1.errors import Show1Error, first_line
 
 SITE = "https://huggingface.co"
 TOKENS = f"{SITE}/settings/tokens"
-PATIENCE = 7  # seconds; huggingface_hub itself sets no limit to these questions, nor can it to a silent name server
+PATIENCE = 6  # seconds; huggingface_hub itself sets no limit to these questions, nor can it to a silent name server
 T = TypeVar("T")
 
 

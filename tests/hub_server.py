@@ -5,6 +5,7 @@ is, and each file by commit, the large ones behind a redirect. See https://huggi
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -162,11 +163,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _tree(self, repository: str) -> list[dict]:
         entries = []
         for path in self.hub.files(repository):
-            data = (self.hub.folder / repository / path).read_bytes()
-            size = self.hub.sizes.get(f"{repository}/{path}", len(data))
-            entry = {"type": "file", "path": path, "size": size, "oid": git_sha1(data)}
+            file = self.hub.folder / repository / path
+            size = self.hub.sizes.get(f"{repository}/{path}", file.stat().st_size)
+            sha1, sha256 = _hashes(file, file.stat().st_mtime_ns)
+            entry = {"type": "file", "path": path, "size": size, "oid": sha1}
             if path.endswith(LARGE):
-                entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": size, "pointerSize": 134}
+                entry["lfs"] = {"oid": sha256, "size": size, "pointerSize": 134}
             entries.append(entry)
         return entries
 
@@ -175,15 +177,18 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in self.hub.files(repository):
             self._send(404, b"", headers | {"X-Error-Code": "EntryNotFound"})
         elif path.endswith(LARGE):
-            data = (self.hub.folder / repository / path).read_bytes()
-            headers |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"'}
+            file = self.hub.folder / repository / path
+            sha256 = _hashes(file, file.stat().st_mtime_ns)[1]
+            headers |= {"X-Linked-Size": str(file.stat().st_size), "X-Linked-Etag": f'"{sha256}"'}
             self._send(302, b"", headers | {"Location": f"{self.hub.storage_url}{STORED}{repository}/{path}"})
         else:
             self._send_file(f"{repository}/{path}", headers)
 
     def _send_file(self, path: str, headers: dict[str, str] | None = None) -> None:
-        data = (self.hub.folder / path).read_bytes()
-        headers = (headers or {}) | {"ETag": f'"{git_sha1(data)}"', "Accept-Ranges": "bytes"}
+        file = self.hub.folder / path
+        data = file.read_bytes()
+        etag = _hashes(file, file.stat().st_mtime_ns)[0]
+        headers = (headers or {}) | {"ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         if self.command != "GET":
             self._send(200, data, headers)
             return
@@ -226,6 +231,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args) -> None:
         pass
+
+
+@functools.lru_cache(maxsize=None)
+def _hashes(file: Path, changed: int) -> tuple[str, str]:
+    """What git and LFS call a file's content; a client that waits is not to wait for this."""
+    data = file.read_bytes()
+    return git_sha1(data), hashlib.sha256(data).hexdigest()
 
 
 def git_sha1(data: bytes) -> str:
