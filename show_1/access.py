@@ -61,16 +61,23 @@ def account(token: str) -> Account:
     return Account(user["name"], grants.get("role") != "fineGrained" or bool(fine_grained.get("canReadGatedRepos")))
 
 
-def check_model(repository: str, token: str | None) -> None:
-    """Raise Show1Error, with the page to open and what to click there, if this token cannot have the model."""
+def check_model(repository: str, token: str | None, account: Account | None = None) -> None:
+    """Raise Show1Error, with the page to open and what to click there, if this token cannot have the model.
+
+    Where the `account` of the token is known, so is whether the token itself is what is missing.
+    """
     try:
         in_time(lambda: HfApi().auth_check(repository, token=token or False))
     except Exception as error:
-        raise explain(error, f"the model {repository}", repository) from error
+        reads_gated = account is None or account.reads_gated
+        raise explain(error, f"the model {repository}", repository, reads_gated=reads_gated) from error
 
 
-def explain(error: Exception, what: str, repository: str = "") -> Show1Error:
-    """Return what an error of huggingface_hub means: `what` could not be had, for example "the model a/b"."""
+def explain(error: Exception, what: str, repository: str = "", *, reads_gated: bool = True) -> Show1Error:
+    """Return what an error of huggingface_hub means: `what` could not be had, for example "the model a/b".
+
+    `reads_gated` is false where the token is known to have no right to gated models.
+    """
     subject = what[0].upper() + what[1:]
     page = f"{SITE}/{repository}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
@@ -81,11 +88,11 @@ def explain(error: Exception, what: str, repository: str = "") -> Show1Error:
         return Show1Error(
             f"The hub is not to be asked for {what}: HF_HUB_OFFLINE is set.", "Unset it, and start this again."
         )
-    if status == 403 and "fine-grained" in words:
+    if status == 403 and ("fine-grained" in words or (isinstance(error, GatedRepoError) and not reads_gated)):
         return Show1Error(
             f"{subject} is gated, and the token has no right to read gated models.",
             f"Open {TOKENS}, edit the token, tick “Read access to contents of all public gated repos you can access”, "
-            "and save it.",
+            f"and save it; if you have not yet, open {page} too and accept its licence.",
         )
     if isinstance(error, GatedRepoError):
         if status == 401:

@@ -233,7 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _hashes(file: Path, changed: int) -> tuple[str, str]:
     """What git and LFS call a file's content; a client that waits is not to wait for this."""
     data = file.read_bytes()

@@ -25,6 +25,7 @@ PENDING = Refusal(
     {"X-Error-Code": "GatedRepo", "X-Error-Message": "Your request is awaiting a review from the repo authors."},
     files_only=True,
 )
+NO_RIGHT_UNTOLD = Refusal(403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."}, True)
 NO_RIGHT = Refusal(
     403, {"X-Error-Message": "Please enable access to it in your fine-grained token settings"}, files_only=True
 )
@@ -119,6 +120,13 @@ def test_the_prompt_is_hidden(server, toml, tmp_path):
     child.close()
     assert child.exitstatus == 0 and "alice" in child.before and TOKEN not in child.before
     assert (tmp_path / "token").read_text() == TOKEN
+    child = pexpect.spawn(sys.executable, command, env=server.environment(tmp_path), encoding="utf-8", timeout=60)
+    child.expect("Enter alone to keep")  # and once more
+    child.expect("Token: ")
+    child.sendline("")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0 and "alice" in child.before
 
 
 def test_in_a_notebook_it_does_not_wait_for_what_nobody_can_type(server, toml, tmp_path):
@@ -165,8 +173,9 @@ def test_where_it_cannot_be_saved(login):
         (NOT_ASKED, TOKEN, ("not asked", f"Open https://huggingface.co/{GATED}", "Agree and access repository")),
         (PENDING, TOKEN, ("waits for its authors", "settings/gated-repos")),
         (NO_RIGHT, NARROW, ("no right to read gated models", "settings/tokens", "tick")),
+        (NO_RIGHT_UNTOLD, NARROW, ("no right to read gated models", "settings/tokens", "tick")),
     ],
-    ids=["not asked", "pending", "no right"],
+    ids=["not asked", "pending", "no right", "no right, untold"],
 )
 def test_a_model_that_cannot_be_had(login, server, tmp_path, refusal, token, words):
     server.refusals[GATED] = refusal
