@@ -28,7 +28,7 @@ from show_1.hub import COMPONENTS
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Log in to Hugging Face; say which models can be had.")
-    parser.add_argument("--token", help="better, as it shows nothing: leave it out and be asked, or set HF_TOKEN")
+    parser.add_argument("--token", help="better leave it out and be asked, or set HF_TOKEN: here it can be seen")
     parser.add_argument("--check", action="store_true", help="save nothing, only say how things are")
     parser.add_argument("--cascade", metavar="NAME|FILE", default="show-1", help="whose models; default: show-1")
     arguments = parser.parse_args()

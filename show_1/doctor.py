@@ -39,7 +39,9 @@ class Finding:
 def main(argv: Sequence[str]) -> int:
     """Print a line a finding; return 0 if the cascade can run, else 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m show_1 doctor", description="Say whether a cascade can run here, and what to do if not."
+        prog="python -m show_1 doctor",
+        description="Say whether a cascade can run here, and what to do if not; nothing is fetched.",
+        epilog="Exit code 0 if it can run, else 2.",
     )
     parser.add_argument("--cascade", metavar="NAME|FILE", default="show-1", help="default: show-1")
     parser.add_argument("--models", metavar="DIR", type=Path, help="take hub models from DIR/owner/name")
