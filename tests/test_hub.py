@@ -213,22 +213,20 @@ def test_what_was_fetched_pinned_is_found_unpinned(server, client, tiny_cascade,
     assert "folders" in client.fetch(tiny_cascade, model, offline=True)
 
 
-def test_huggingface_hub_finds_what_we_fetched(folders, client, server):
-    folder = Path(folders["keyframes"])
+def test_huggingface_hub_finds_what_we_fetched(folders, server):
     fetched = list(server.fetched)
+    home = Path(folders["keyframes"]).parents[3]
     for offline in (True, False):
-        said = _snapshot_download(server.environment(folder.parents[3]), "showlab/show-1-base", offline=offline)
-        assert said == str(folder)
+        assert _snapshot_download(server.environment(home), offline=offline) == set(folders.values())
     assert server.fetched == fetched
 
 
 def test_what_huggingface_hub_fetched_is_found(server, toml, tmp_path):
-    for repository in NEEDED:
-        _snapshot_download(server.environment(tmp_path), repository)
+    by_itself = _snapshot_download(server.environment(tmp_path))
     fetched = list(server.fetched)
     client = Client(server.environment(tmp_path))
     for offline in (True, False):
-        assert "folders" in client.fetch(toml, offline=offline)
+        assert set(client.fetch(toml, offline=offline)["folders"].values()) == by_itself
     client.close()
     assert server.fetched == fetched
 
@@ -375,7 +373,10 @@ def test_what_arrives_damaged_again_and_again_is_not_kept(server, client, folder
     answer = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
     _check_says(answer, new_model, file, "damaged", "Try again")
     cache = Path(folders["keyframes"]).parents[2] / f"models--{new_model.replace('/', '--')}"
-    assert not list(cache.rglob("*.incomplete")) and not list(cache.glob(f"snapshots/*/{file}"))
+    content = (server.folder / new_model / file).read_bytes()
+    names = (hashlib.sha256(content).hexdigest(), git_sha1(content))
+    assert not [blob for name in names for blob in cache.glob(f"blobs/{name}*")]
+    assert not list(cache.glob(f"snapshots/*/{file}"))
     server.faults.clear()
     answer = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
     _check_same(server, new_model, answer["folders"]["interpolation"])
@@ -487,16 +488,15 @@ def _add(folder, *names: str) -> None:
         (folder / name).write_text(f"not needed: {name}")
 
 
-def _snapshot_download(environment: dict[str, str], repository: str, offline: bool = False) -> str:
-    """Where huggingface_hub itself puts or finds a repository's needed files."""
+def _snapshot_download(environment: dict[str, str], *, offline: bool = False) -> set[str]:
+    """Where huggingface_hub itself puts or finds the needed files."""
     program = (
         "from huggingface_hub import snapshot_download\n"
-        f"print(snapshot_download({repository!r}, allow_patterns={sorted(NEEDED[repository])!r}, "
-        f"local_files_only={offline}))"
+        f"for repository, files in { ({name: sorted(files) for name, files in NEEDED.items()})!r}.items():\n"
+        f"    print(snapshot_download(repository, allow_patterns=files, local_files_only={offline}))"
     )
-    return subprocess.run(
-        [sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True
-    ).stdout.strip()
+    command = [sys.executable, "-c", program]
+    return set(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split())
 
 
 def _sha256(file: Path) -> str:
