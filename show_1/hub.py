@@ -1,9 +1,9 @@
 """Which files of a model repository a stage needs, and getting them: from a folder as it is, or from the hub.
 
 huggingface_hub keeps the cache, the token and the connection. The fetching itself is ours (`_download`): in version 2.4
-`hf_hub_download` begins a file again from nothing when the program was ended (its part has a name of its own and is
-removed), checks sizes but no hashes, and waits for as long as a busy hub asks it to, be it an hour. Our largest file
-has ten gigabytes. What we fetch lies where `hf_hub_download` would have put it, so every other program finds it:
+`hf_hub_download` begins a file again from nothing when the program was ended, by HTTP as by Xet, as it keeps no parts;
+it checks sizes but no hashes, and waits for as long as a busy hub asks it to, be it an hour. Our largest file has ten
+gigabytes. What we fetch lies where `hf_hub_download` would have put it, so every other program finds it:
 https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
 """
 
@@ -215,7 +215,7 @@ def find(
 
 def weights_in(folder: Path, table: str, component: str, variant: str | None) -> WeightFiles:
     """Return a component's weight files, all of them there."""
-    names = [file.name for file in (folder / component).iterdir()]
+    names = [file.name for file in (folder / component).iterdir() if file.is_file()]  # no link to nothing
     weights = choose_weights(names, variant)
     if weights is None:
         raise _missing(table, folder / component, "a weight file (*.safetensors or *.bin)")
