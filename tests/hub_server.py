@@ -25,6 +25,7 @@ TREE = re.compile(r"/api/models/([^/]+/[^/]+)/tree/[^/]+")
 ACCESS = re.compile(r"/api/models/([^/]+/[^/]+)/auth-check")
 FILE = re.compile(r"/([^/]+/[^/]+)/resolve/[0-9a-f]{40}/(.+)")
 STORED = "/stored/"
+AGENTS = "/api/agent-harnesses"  # huggingface_hub asks once a day and computer which programs call themselves agents
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,10 @@ class Hub:
     """Serves `folder`/owner/name as the models owner/name; `url` is for HF_ENDPOINT.
 
     `fetched` holds "owner/name/path" of every file sent from its beginning, in order and as often as it was, `ranges`
-    "owner/name/path byte" of those sent from that byte on; `requests` counts all. `faults` holds, by "owner/name/path",
-    what goes wrong with the next requests for it; `refusals`, by "owner/name", what is answered always; `busy`, by the
-    same, what the next questions about it are answered. `users` holds what the hub knows of a token; `sizes`, by
-    "owner/name/path", the size that it pretends a file has.
+    "owner/name/path byte" of those sent from that byte on; `requests` counts all but those for AGENTS. `faults` holds,
+    by "owner/name/path", what goes wrong with the next requests for it; `refusals`, by "owner/name", what is answered
+    always; `busy`, by the same, what the next questions about it are answered. `users` holds what the hub knows of a
+    token; `sizes`, by "owner/name/path", the size that it pretends a file has.
     """
 
     def __init__(self, folder: Path):
@@ -109,8 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        self.hub.requests += 1
         path = self.path.partition("?")[0]
+        self.hub.requests += path != AGENTS
         if path.startswith(STORED):
             if self.headers["Authorization"]:
                 self._send(400, b"the address is signed already")  # and the token is nobody else's business
