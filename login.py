@@ -15,6 +15,8 @@ versions.require()  # first, as the imports below fail where something is too ol
 hosts.prepare()
 
 import huggingface_hub
+import psutil
+from httpx2 import RequestError
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -26,7 +28,7 @@ from show_1.hub import COMPONENTS
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Log in to Hugging Face; say which models can be had.")
-    parser.add_argument("--token", help="better, as it shows nothing: leave it out and be asked, or set HF_TOKEN")
+    parser.add_argument("--token", help="better leave it out and be asked, or set HF_TOKEN: here it can be seen")
     parser.add_argument("--check", action="store_true", help="save nothing, only say how things are")
     parser.add_argument("--cascade", metavar="NAME|FILE", default="show-1", help="whose models; default: show-1")
     arguments = parser.parse_args()
@@ -39,7 +41,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if not arguments.check:
         _save(token)
     print(f"{'The token is' if arguments.check else 'Logged in with the token'} of {account.name}.")
-    return _report(cascade, token)
+    return _report(cascade, token, account)
 
 
 def _account(arguments: argparse.Namespace) -> tuple[str, access.Account]:
@@ -47,37 +49,48 @@ def _account(arguments: argparse.Namespace) -> tuple[str, access.Account]:
     given = arguments.token
     if given and given.strip().startswith("<"):
         given = None  # "<your_huggingface_token>", as the notebook has it before one is put there
-    if token := given or os.environ.get("HF_TOKEN"):
-        token = access.check_form(token)
-        return token, access.account(token)
-    if token := get_token():
-        # Logged in already; where that has run out, a new token is asked for.
-        try:
-            return token, access.account(token)
-        except Show1Error as error:
-            if arguments.check or "does not accept" not in error.problem:
-                raise
-            print(error.problem, file=sys.stderr)
-    token = access.check_form(_ask())
+    kept = get_token()
+    if given or os.environ.get("HF_TOKEN"):
+        token = access.check_form(given or os.environ["HF_TOKEN"])
+    elif kept and (arguments.check or not _can_ask()):
+        token = kept
+    else:
+        token = access.check_form(_ask(kept is not None) or kept or "")
     return token, access.account(token)
 
 
-def _ask() -> str:
+def _can_ask() -> bool:
+    """Whether somebody could answer a prompt: in a kernel, which asks by a field, or at a terminal."""
+    if "ipykernel" in sys.modules:
+        return True
+    # In a notebook, `!` gives its program a terminal that nobody types into; Colab's shows a field instead.
+    host = hosts.detect()
+    in_notebook = host.in_notebook or any("ipykernel" in w for p in psutil.Process().parents() for w in _command(p))
+    return bool(sys.stdin and sys.stdin.isatty()) and (not in_notebook or host.name == "Colab")
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # another user's, or gone
+        return []
+
+
+def _ask(logged_in: bool) -> str:
     """Ask for the token without showing it; raise Show1Error where nobody could answer."""
     nobody = Show1Error(
         "No token was given, and there is no terminal to ask for one.",
         "Put it into the variable HF_TOKEN; or, in a notebook, run %run login.py in a cell, which asks for it.",
     )
-    # In a notebook, `!` gives its program a terminal that nobody types into; Colab's shows a field instead.
-    in_kernel = "ipykernel" in sys.modules
-    host = hosts.detect()
-    if not in_kernel and (not sys.stdin.isatty() or (host.in_notebook and host.name != "Colab")):
+    if not _can_ask():
         raise nobody
     print(f"Make a token of type “Read” at {access.TOKENS} and paste it here; it is not shown.")
+    if logged_in:
+        print("You are logged in already: press Enter alone to keep that token.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", getpass.GetPassWarning)  # else it would go on and show it
-            return getpass.getpass("Token: ")
+            return getpass.getpass("Token: ").strip()
     except EOFError:  # Ctrl-D
         raise KeyboardInterrupt from None
     except (getpass.GetPassWarning, NotImplementedError, RuntimeError) as error:
@@ -87,8 +100,8 @@ def _ask() -> str:
 
 def _save(token: str) -> None:
     try:
-        huggingface_hub.login(token)
-    except HfHubHTTPError as error:  # it asks the hub once more
+        access.in_time(lambda: huggingface_hub.login(token))  # it asks the hub once more
+    except (HfHubHTTPError, RequestError, TimeoutError) as error:
         raise access.explain(error, "the account of the token") from error
     except OSError as error:
         raise Show1Error(
@@ -97,7 +110,7 @@ def _save(token: str) -> None:
         ) from error
 
 
-def _report(cascade: Cascade, token: str) -> int:
+def _report(cascade: Cascade, token: str, account: access.Account) -> int:
     """Say of each model whether it can be had; return 0 if all can, else 2."""
     sources = {table: cascade.model_source(table) for table in COMPONENTS}
     needed = dict.fromkeys(source for source in sources.values() if isinstance(source, str))
@@ -106,7 +119,7 @@ def _report(cascade: Cascade, token: str) -> int:
     code = 0
     for repository in needed:
         try:
-            access.check_model(repository, token)
+            access.check_model(repository, token, account)
             print(f"{repository}: can be had.")
         except Show1Error as error:
             print(f"{repository}: cannot be had. {error}")

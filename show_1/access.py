@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from httpx2 import RequestError
+from httpx2 import RequestError, TimeoutException
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -21,12 +21,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import parse_ratelimit_headers
 
 from show_1.errors import Show1Error, first_line
 
 SITE = "https://huggingface.co"
 TOKENS = f"{SITE}/settings/tokens"
-PATIENCE = 7  # seconds; huggingface_hub itself sets no limit to these questions, nor can it to a silent name server
+PATIENCE = 6  # seconds; huggingface_hub itself sets no limit to these questions, nor can it to a silent name server
 T = TypeVar("T")
 
 
@@ -60,27 +61,38 @@ def account(token: str) -> Account:
     return Account(user["name"], grants.get("role") != "fineGrained" or bool(fine_grained.get("canReadGatedRepos")))
 
 
-def check_model(repository: str, token: str | None) -> None:
-    """Raise Show1Error, with the page to open and what to click there, if this token cannot have the model."""
+def check_model(repository: str, token: str | None, account: Account | None = None) -> None:
+    """Raise Show1Error, with the page to open and what to click there, if this token cannot have the model.
+
+    Where the `account` of the token is known, so is whether the token itself is what is missing.
+    """
     try:
         in_time(lambda: HfApi().auth_check(repository, token=token or False))
     except Exception as error:
-        raise explain(error, f"the model {repository}", repository) from error
+        reads_gated = account is None or account.reads_gated
+        raise explain(error, f"the model {repository}", repository, reads_gated=reads_gated) from error
 
 
-def explain(error: Exception, what: str, repository: str = "") -> Show1Error:
-    """Return what an error of huggingface_hub means: `what` could not be had, for example "the model a/b"."""
+def explain(error: Exception, what: str, repository: str = "", *, reads_gated: bool = True) -> Show1Error:
+    """Return what an error of huggingface_hub means: `what` could not be had, for example "the model a/b".
+
+    `reads_gated` is false where the token is known to have no right to gated models.
+    """
     subject = what[0].upper() + what[1:]
     page = f"{SITE}/{repository}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     words = ((getattr(error, "server_message", None) or "") if status else "").lower()
     if isinstance(error, Show1Error):
         return error
-    if status == 403 and "fine-grained" in words:
+    if isinstance(error, OfflineModeIsEnabled):
+        return Show1Error(
+            f"The hub is not to be asked for {what}: HF_HUB_OFFLINE is set.", "Unset it, and start this again."
+        )
+    if status == 403 and ("fine-grained" in words or (isinstance(error, GatedRepoError) and not reads_gated)):
         return Show1Error(
             f"{subject} is gated, and the token has no right to read gated models.",
             f"Open {TOKENS}, edit the token, tick “Read access to contents of all public gated repos you can access”, "
-            "and save it.",
+            f"and save it; if you have not yet, open {page} too and accept its licence.",
         )
     if isinstance(error, GatedRepoError):
         if status == 401:
@@ -110,31 +122,52 @@ def explain(error: Exception, what: str, repository: str = "") -> Show1Error:
             "Correct the table's `model`, or log in with an account that may see it: python login.py.",
         )
     if status == 401:
+        why = "it has expired" if "expired" in words else "it is wrong, expired or revoked"
         return Show1Error(
-            "The hub does not accept the token (401): it is wrong, expired or revoked.",
+            f"The hub does not accept the token (401): {why}.",
             f"Make a new one at {TOKENS}, then log in again: python login.py.",
         )
     if status == 429:
         return Show1Error(
             f"The hub has had too many requests from here (429) and does not give {what} now.",
-            "Wait some minutes, log in if you are not (python login.py), and start again: what is complete is kept.",
+            f"Wait {_shown(retry_after(error))}, log in if you are not (python login.py), and start again: what has "
+            "come is kept.",
         )
     if status and status >= 500:
         return Show1Error(
             f"The hub fails ({status}) when asked for {what}.",
-            "Start again in some minutes: what is complete is kept.",
+            "Start again in some minutes: what has come is kept.",
         )
-    if status is None and isinstance(error, RequestError | OfflineModeIsEnabled | TimeoutError):
+    if status is None and isinstance(error, RequestError | TimeoutError):
+        silent = isinstance(error, TimeoutException | TimeoutError)
+        why = "it does not answer" if silent else re.sub(r"^\[.*?\] *", "", first_line(error))
         return Show1Error(
-            f"The hub cannot be reached for {what}.",
+            f"The hub cannot be reached for {what}: {why[:1].lower()}{why[1:]}.",
             "Connect to the internet and start again (what has come is kept), or choose a cascade that is here: "
             "--cascade mini.",
         )
-    return Show1Error(f"Fetching {what} failed: {first_line(error)}.", "Try again: what is complete is kept.")
+    return Show1Error(f"Fetching {what} failed: {first_line(error)}.", "Try again: what has come is kept.")
 
 
-def in_time(ask: Callable[[], T]) -> T:
-    """Return what `ask` returns, in PATIENCE seconds; raise what it raises, or TimeoutError."""
+def retry_after(error: Exception) -> int | None:
+    """Return the seconds that a busy hub asks to wait, where it says so."""
+    if not isinstance(error, HfHubHTTPError):
+        return None
+    headers = error.response.headers
+    after, limit = headers.get("Retry-After", ""), parse_ratelimit_headers(headers)
+    if after.isdigit():
+        return int(after)
+    return limit.reset_in_seconds if limit and limit.remaining == 0 else None
+
+
+def _shown(seconds: int | None) -> str:
+    if seconds is None:
+        return "some minutes"
+    return f"{seconds} seconds" if seconds < 120 else f"{-(-seconds // 60)} minutes"
+
+
+def in_time(ask: Callable[[], T], patience: float = PATIENCE) -> T:
+    """Return what `ask` returns, in so many seconds; raise what it raises, or TimeoutError."""
     answer: queue.SimpleQueue = queue.SimpleQueue()
 
     def run() -> None:
@@ -145,7 +178,7 @@ def in_time(ask: Callable[[], T]) -> T:
 
     threading.Thread(target=run, daemon=True).start()
     try:
-        value, error = answer.get(timeout=PATIENCE)
+        value, error = answer.get(timeout=patience)
     except queue.Empty:
         raise TimeoutError from None
     if error is not None:

@@ -73,15 +73,16 @@ def _run(arguments: argparse.Namespace) -> None:
     if cascade.about:
         print(cascade.about.note, file=sys.stderr)
     print(f"{cascade.name} on {device.type}: loading", file=sys.stderr)
-    pipeline = Show1Pipeline.from_cascade(
-        cascade,
-        device,
-        DTYPES.get(arguments.dtype),
-        memory=arguments.memory,
-        models=arguments.models,
-        offline=arguments.offline,
-        report=DownloadBar(),
-    )
+    with DownloadBar() as bar:
+        pipeline = Show1Pipeline.from_cascade(
+            cascade,
+            device,
+            DTYPES.get(arguments.dtype),
+            memory=arguments.memory,
+            models=arguments.models,
+            offline=arguments.offline,
+            report=bar,
+        )
     result = draw(pipeline.stream(arguments.prompt, seed=seed, path=out))
     if arguments.save_stages is not None:
         _save_tensors(result.tensors, arguments.save_stages)

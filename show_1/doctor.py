@@ -1,17 +1,20 @@
 """What would keep a cascade from running here, found out before a byte is fetched: `python -m show_1 doctor`."""
 
 import argparse
+import dataclasses
+import importlib
 import os
 import platform
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import imageio_ffmpeg
-from huggingface_hub import constants, get_token
+import psutil
+from huggingface_hub import constants, get_token, is_offline_mode
 
 from show_1 import access, hub, versions
 from show_1.cascade import Cascade
@@ -21,7 +24,7 @@ from show_1.hub import COMPONENTS, Model, gigabytes
 ON_CPU = 4e9  # bytes of weights, beyond which a video on the CPU would take many hours
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Finding:
     """One line: what was looked at, whether it will do, what was found and, where it will not do, what to do."""
 
@@ -36,7 +39,9 @@ class Finding:
 def main(argv: Sequence[str]) -> int:
     """Print a line a finding; return 0 if the cascade can run, else 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m show_1 doctor", description="Say whether a cascade can run here, and what to do if not."
+        prog="python -m show_1 doctor",
+        description="Say whether a cascade can run here, and what to do if not; nothing is fetched.",
+        epilog="Exit code 0 if it can run, else 2.",
     )
     parser.add_argument("--cascade", metavar="NAME|FILE", default="show-1", help="default: show-1")
     parser.add_argument("--models", metavar="DIR", type=Path, help="take hub models from DIR/owner/name")
@@ -56,27 +61,28 @@ def _run(cascade: Cascade, models: Path | None, offline: bool) -> int:
 
 def examine(cascade: Cascade, models: Path | None = None, offline: bool = False) -> Iterator[Finding]:
     """Yield what is found, in the order in which people set things up; nothing is fetched or written."""
-    hub_ids = {table: source for table in COMPONENTS if isinstance(source := cascade.model_source(table), str)}
-    asks = bool(hub_ids) and models is None and not offline
+    offline = offline or is_offline_mode()
+    from_hub = models is None and any(isinstance(cascade.model_source(table), str) for table in COMPONENTS)
     with ThreadPoolExecutor() as pool:
         # All at once: the hub may be far, and torch takes seconds to import.
-        torch = pool.submit(__import__, "torch")
-        token = pool.submit(_token) if asks else None
-        looked = {table: pool.submit(_find, cascade, table, models, offline, asks) for table in COMPONENTS}
+        placement = pool.submit(importlib.import_module, "show_1.placement")
+        token = pool.submit(_token) if from_hub and not offline else None
+        looked = [pool.submit(_find, cascade, table, models, offline) for table in COMPONENTS]
         yield _versions()
         yield _encoder()
+        models_found = [look.result() for look in looked]
+        found = [model for model, _ in models_found if model]
+        complete = len(found) == len(COMPONENTS)
         if token:
-            yield token.result()
-        found: list[Model] = []
-        for table in COMPONENTS:
-            model, finding = looked[table].result()
-            found += [model] if model else []
+            needed = not complete or any(model.files for model in found)
+            finding = token.result()
+            yield finding if needed else dataclasses.replace(finding, good=True)
+        for _, finding in models_found:
             yield finding
-        if asks:
-            yield _disk(found, complete=len(found) == len(COMPONENTS))
+        if from_hub and not offline:
+            yield _disk(found, complete)
         # Of what is out of reach, suppose that it is large, as the models at the hub are.
-        whole = len(found) == len(COMPONENTS)
-        yield _device(torch.result(), cascade, sum(model.size for model in found) if whole else None)
+        yield _device(placement.result(), cascade, sum(model.size for model in found) if complete else None)
 
 
 def _versions() -> Finding:
@@ -89,7 +95,7 @@ def _encoder() -> Finding:
     remedy = "Run: pip install --force-reinstall imageio-ffmpeg"
     try:
         program = imageio_ffmpeg.get_ffmpeg_exe()
-        said = subprocess.run([program, "-hide_banner", "-encoders"], capture_output=True, text=True, timeout=20).stdout
+        said = subprocess.run([program, "-hide_banner", "-encoders"], capture_output=True, text=True, timeout=5).stdout
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
         return Finding("video encoder", False, f"ffmpeg does not run: {first_line(error)}. {remedy}")
     if "libx264" not in said:
@@ -110,29 +116,35 @@ def _token() -> Finding:
     return Finding("token", True, f"of {account.name}.")
 
 
-def _find(cascade: Cascade, table: str, models: Path | None, offline: bool, asks: bool) -> tuple[Model | None, Finding]:
-    subject = f"model of [{table}]"
+def _find(cascade: Cascade, table: str, models: Path | None, offline: bool) -> tuple[Model | None, Finding]:
+    """Return where the model is or what is to be fetched, if that can be, and what to say of it."""
+    subject, source = f"model of [{table}]", cascade.model_source(table)
+
+    def look() -> Model:
+        model = hub.find(cascade, table, models=models, offline=offline, patient=False)
+        if model.files:
+            access.check_model(source, get_token())
+        return model
+
     try:
-        model = access.in_time(lambda: hub.find(cascade, table, models=models, offline=offline))
-        if model.folder is not None:
-            return model, Finding(subject, True, f"here, {gigabytes(model.size)}, {model.folder}.")
-        access.check_model(model.repository, get_token())
+        model = access.in_time(look, access.PATIENCE + 1)  # not each question's time in turn
     except TimeoutError as error:
-        source = cascade.model_source(table)
         return None, Finding(subject, False, str(access.explain(error, f"the model {source}")))
     except Show1Error as error:
         return None, Finding(subject, False, str(error))
+    if not model.files:
+        return model, Finding(subject, True, f"here, {gigabytes(model.size)}, {os.path.normpath(model.folder)}.")
     missing = sum(file.missing for file in model.files)
-    return model, Finding(subject, True, f"{model.repository} can be fetched, {gigabytes(missing)} to go.")
+    return model, Finding(subject, True, f"{source} can be fetched, {gigabytes(missing)} to go.")
 
 
 def _disk(found: Sequence[Model], complete: bool) -> Finding:
     cache = Path(constants.HF_HUB_CACHE)
     disk = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
-    missing = sum({file.blob: file.missing for model in found for file in model.files}.values())
+    missing = sum(file.missing for file in {file for model in found for file in model.files})
     free = shutil.disk_usage(disk).free
     says = f"{gigabytes(free)} free at {cache}, {gigabytes(missing)} to fetch"
-    says += "." if complete else " besides the models that are out of reach."
+    says += "." if complete else ", and what is out of reach now."
     if free < missing:
         return Finding("disk", False, f"{says} Free some space, or set HF_HOME to a folder on a larger disk.")
     if missing and not os.access(disk, os.W_OK):
@@ -140,17 +152,26 @@ def _disk(found: Sequence[Model], complete: bool) -> Finding:
     return Finding("disk", True, says)
 
 
-def _device(torch, cascade: Cascade, weights: int | None) -> Finding:
-    """What the models, of so many bytes, will run on, and how they will share its memory."""
-    if torch.cuda.is_available():
-        from show_1 import placement  # brings diffusers, which takes seconds
+def _device(placement: ModuleType, cascade: Cascade, weights: int | None) -> Finding:
+    """What the models, of so many bytes in half precision, will run on, and how they will share its memory."""
+    import torch
 
+    memory = psutil.virtual_memory().available + psutil.swap_memory().free
+    if torch.cuda.is_available():
+        weights = weights or placement.SHOW_1
         properties = torch.cuda.get_device_properties(0)
         says = f"{properties.name}, {gigabytes(properties.total_memory)}"
         try:
-            tier = placement.choose(cascade, torch.device("cuda"), weights or placement.SHOW_1)
+            tier = placement.choose(cascade, torch.device("cuda"), weights)
         except Show1Error as error:
             return Finding("GPU", False, f"{says}. {error}")
+        if memory < weights:  # they are loaded there, all of them, before they go to the GPU
+            return Finding(
+                "GPU",
+                False,
+                f"{says}; but the computer's own memory has {gigabytes(memory)} free, and {cascade.name} needs "
+                f"{gigabytes(weights)} of it. Close other programs, or take a computer with more.",
+            )
         return Finding("GPU", True, f"{says}; {tier.name}, in half precision.")
     why = "none that torch can use"
     if torch.version.cuda is None and shutil.which("nvidia-smi"):
@@ -160,4 +181,8 @@ def _device(torch, cascade: Cascade, weights: int | None) -> Finding:
         if why.startswith("there"):
             remedy = "Install a torch with CUDA, see https://pytorch.org/get-started/locally."
         return Finding("GPU", False, f"{why}, and on the CPU a {cascade.name} video would take many hours. {remedy}")
+    try:
+        placement.choose(cascade, torch.device("cpu"), 2 * weights)
+    except Show1Error as error:
+        return Finding("GPU", False, f"{why}. {error}")
     return Finding("GPU", True, f"{why}; the models run on the CPU, in single precision.")

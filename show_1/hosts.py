@@ -1,5 +1,7 @@
 """Where the program runs: on a rented notebook of a known kind, in another notebook, or on a computer of one's own."""
 
+from __future__ import annotations  # this file too is read before it is said that a Python is too old
+
 import os
 import shutil
 from collections.abc import Mapping

@@ -1,10 +1,13 @@
 """Which files of a model repository a stage needs, and getting them: from a folder as it is, or from the hub.
 
-huggingface_hub keeps the cache, but starts a file again from its beginning when a download breaks off, and checks no
-hash. Our largest file has ten gigabytes; so `_fetch_file` puts the files into its cache, continued and checked, and
-`snapshot_download` finds them there and does the rest.
+huggingface_hub keeps the cache, the token and the connection. The fetching itself is ours (`_download`): in version 2.4
+`hf_hub_download` begins a file again from nothing when the program was ended, by HTTP as by Xet, as it keeps no parts;
+it checks sizes but no hashes, and waits for as long as a busy hub asks it to, be it an hour. Our largest file has ten
+gigabytes. What we fetch lies where `hf_hub_download` would have put it, so every other program finds it:
+https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -15,26 +18,19 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
-from httpx2 import ReadError, RequestError
-from huggingface_hub import (
-    constants,
-    get_cached_repo_tree,
-    hf_hub_url,
-    is_offline_mode,
-    model_info,
-    snapshot_download,
-)
-from huggingface_hub.errors import CachedRepoTreeNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-from huggingface_hub.file_download import http_get, repo_folder_name
-from huggingface_hub.utils import WeakFileLock, build_hf_headers, disable_progress_bars, logging
+from httpx2 import ConnectError, RemoteProtocolError, TimeoutException, TransportError
+from huggingface_hub import constants, get_session, hf_hub_url, is_offline_mode, model_info, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
 
-from show_1.access import explain
+from show_1.access import PATIENCE, explain, in_time, retry_after
 from show_1.cascade import Cascade
 from show_1.errors import Show1Error
 
@@ -58,7 +54,10 @@ WEIGHTS = re.compile(
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 SMALL_FILES = (".json", ".txt", ".model")  # configurations and tokenizers
 AT_ONCE = 4  # files; more would not be faster where the line is the limit
+SMALL = 10**6  # bytes; see `_fetch_files`
+WAITS = (1, 2, 4, 8)  # seconds before each new try, where nothing has come since the last one
 LONGEST_WAIT = 60  # seconds that a busy hub may ask for
+COMMIT = re.compile("[0-9a-f]{40}")
 T = TypeVar("T")
 
 
@@ -119,8 +118,13 @@ class File:
     digest: str
 
     @property
+    def link(self) -> Path:
+        """Where the stages read it, and all programs that use the cache; it is there when all of it is."""
+        return _cache(self.repository) / "snapshots" / self.commit / self.path
+
+    @property
     def blob(self) -> Path:
-        """Where it is in the cache, once it is whole."""
+        """Where its content is in the cache, once it is whole."""
         return _cache(self.repository) / "blobs" / self.digest
 
     @property
@@ -130,21 +134,23 @@ class File:
     @property
     def missing(self) -> int:
         """How many bytes are not here yet."""
-        if self.blob.exists():
+        if self.link.exists() or self.blob.exists():
             return 0
         return max(self.size - self.part.stat().st_size, 0) if self.part.exists() else self.size
 
 
 @dataclass(frozen=True)
 class Model:
-    """Where the model of one table is (`folder`), or what has to be fetched for it (`files`)."""
+    """The model of one table: its folder, and what has to be fetched from the hub before it is complete.
+
+    `commit` is the one that the hub says is meant, where it was asked.
+    """
 
     table: str
-    folder: Path | None
-    size: int = 0  # bytes, of all that the table needs
-    repository: str = ""
-    revision: str | None = None
+    folder: Path
+    size: int  # bytes, of all that the table needs
     files: tuple[File, ...] = ()
+    commit: str | None = None
 
 
 def fetch(
@@ -159,22 +165,25 @@ def fetch(
 
     Raises Show1Error, naming the table and the file or the repository, where something is missing or out of reach.
     """
-    with _quiet():
-        found = [find(cascade, table, models=models, offline=offline) for table in COMPONENTS]
-        files = list({file.blob: file for model in found for file in model.files}.values())
-        if files:
-            _check_room(sum(file.missing for file in files))
-            _fetch_files(files, {file.repository: model.table for model in found for file in model.files}, report)
-        folders = {model.table: model.folder or _snapshot(model) for model in found}
-    for table, folder in folders.items():
-        check_complete(folder, table, variant(cascade, table))
-    return folders
+    with ThreadPoolExecutor() as pool:  # all at once: where the hub is silent, each waits
+        found = list(pool.map(lambda table: find(cascade, table, models=models, offline=offline), COMPONENTS))
+    tables = {file: model.table for model in found for file in model.files}
+    if tables:
+        _check_room(sum(file.missing for file in tables))
+        _fetch_files(tables, report)
+    for model in found:
+        check_complete(model.folder, model.table, variant(cascade, model.table))
+        if model.commit:
+            _note_commit(cascade.model_source(model.table), getattr(cascade, model.table).revision, model.commit)
+    return {model.table: model.folder for model in found}
 
 
-def find(cascade: Cascade, table: str, *, models: str | Path | None = None, offline: bool = False) -> Model:
-    """Return where the model of a table is, or what has to be fetched; asks the hub at most, and fetches nothing.
+def find(
+    cascade: Cascade, table: str, *, models: str | Path | None = None, offline: bool = False, patient: bool = True
+) -> Model:
+    """Return where the model of a table is, and what has to be fetched; asks the hub at most, and fetches nothing.
 
-    Raises Show1Error as `fetch` does.
+    Unless `patient`, it asks only once. Raises Show1Error as `fetch` does.
     """
     source, revision, weights = cascade.model_source(table), getattr(cascade, table).revision, variant(cascade, table)
     if isinstance(source, str) and models is not None:
@@ -186,26 +195,27 @@ def find(cascade: Cascade, table: str, *, models: str | Path | None = None, offl
             )
     if isinstance(source, Path):
         check_complete(source, table, weights)
-        return Model(table, source, size=_size(source, table, weights))
-    what = f"the model {source} of [{table}]"
-    try:
-        if offline or is_offline_mode():
-            folder = _fetched_before(source, revision, table, weights)
-        else:
-            return _at_hub(source, revision, table, weights)
-    except LocalEntryNotFoundError as error:
+        return Model(table, source, _size(source, table, weights))
+    here = _fetched_before(source, revision, table, weights)
+    if here and (offline or is_offline_mode() or COMMIT.fullmatch(revision or "")):
+        return here  # a commit cannot change: what is here is as good as what the hub has
+    if offline or is_offline_mode():
         raise Show1Error(
-            f"{what[0].upper()}{what[1:]} is not on this computer, and the hub is not to be asked (--offline).",
+            f"The model {source} of [{table}] is not on this computer in full, and the hub is not to be asked "
+            f"({'--offline' if offline else 'HF_HUB_OFFLINE'}).",
             "Leave that out once, with a connection, to fetch it, or choose a cascade that is here: --cascade mini.",
-        ) from error
+        )
+    try:
+        return _at_hub(source, revision, table, weights, patient and not here)
     except Exception as error:
-        raise explain(error, what, source) from error
-    return Model(table, folder, size=_size(folder, table, weights))
+        if here:  # the hub is out of reach, or refuses
+            return here
+        raise explain(error, f"the model {source} of [{table}]", source) from error
 
 
 def weights_in(folder: Path, table: str, component: str, variant: str | None) -> WeightFiles:
     """Return a component's weight files, all of them there."""
-    names = [file.name for file in (folder / component).iterdir()]
+    names = [file.name for file in (folder / component).iterdir() if file.is_file()]  # no link to nothing
     weights = choose_weights(names, variant)
     if weights is None:
         raise _missing(table, folder / component, "a weight file (*.safetensors or *.bin)")
@@ -267,64 +277,33 @@ def _cache(repository: str) -> Path:
     return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"))
 
 
-def _at_hub(repository: str, revision: str | None, table: str, variant: str | None) -> Model:
+def _fetched_before(repository: str, revision: str | None, table: str, variant: str | None) -> Model | None:
+    """Return the model as it is in the cache, if all that the table needs is there; asks no hub."""
     try:
-        if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
-            # A commit cannot change: what is here already is as good as what the hub has.
-            folder = _fetched_before(repository, revision, table, variant, whole=True)
-            return Model(table, folder, size=_size(folder, table, variant))
-    except (LocalEntryNotFoundError, CachedRepoTreeNotFoundError):
-        pass
-    try:
-        # Not `resolve_revision` or `list_repo_tree`: these wait for ever where the hub is silent.
-        info = _patiently(lambda: model_info(repository, revision=revision, timeout=10, files_metadata=True))
-    except (RequestError, OSError) as error:
-        # The hub is out of reach, or refuses: what an earlier run has fetched will do.
-        try:
-            folder = _fetched_before(repository, revision, table, variant)
-        except LocalEntryNotFoundError:
-            raise error from None
-        return Model(table, folder, size=_size(folder, table, variant))
+        # Without patterns it would want the whole repository.
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=[]))
+        check_complete(folder, table, variant)
+    except (LocalEntryNotFoundError, HFValidationError, Show1Error):
+        return None  # of a name that cannot be, the hub's answer says more
+    return Model(table, folder, _size(folder, table, variant))
+
+
+def _at_hub(repository: str, revision: str | None, table: str, variant: str | None, patient: bool) -> Model:
+    """Return the model as the hub lists it."""
+
+    def ask():
+        return in_time(lambda: model_info(repository, revision=revision, files_metadata=True, timeout=PATIENCE))
+
+    info = _patiently(ask) if patient else ask()
     siblings = {file.rfilename: file for file in info.siblings or ()}
     files = []
     for path in needed_files(siblings, table, variant):
         sibling = siblings[path]
         digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
         files.append(File(repository, info.sha, path, sibling.size, digest))
-    size = sum(file.size for file in files)
-    snapshot = _cache(repository) / "snapshots" / info.sha
-    folder = snapshot if files and all((snapshot / file.path).exists() for file in files) else None
-    return Model(table, folder, size, repository, revision, () if folder else tuple(files))
-
-
-def _fetched_before(
-    repository: str, revision: str | None, table: str, variant: str | None, whole: bool = False
-) -> Path:
-    """Return the cached folder of a repository; raises LocalEntryNotFoundError where it lacks what is needed.
-
-    With `whole`, raises CachedRepoTreeNotFoundError where what is needed cannot be told.
-    """
-    try:
-        files = [file.path for file in get_cached_repo_tree(repository, revision=revision)]
-        patterns = needed_files(files, table, variant)
-    except CachedRepoTreeNotFoundError:
-        if whole:
-            raise
-        patterns = None  # fetched by an older huggingface_hub, which kept no list: take it as it is
-    return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=True))
-
-
-def _snapshot(model: Model) -> Path:
-    """Return the folder in huggingface_hub's cache; its files are in the cache already."""
-    what = f"the model {model.repository} of [{model.table}]"
-    paths = [file.path for file in model.files]
-    try:
-        with disable_progress_bars():
-            return Path(
-                _patiently(lambda: snapshot_download(model.repository, revision=model.revision, allow_patterns=paths))
-            )
-    except Exception as error:
-        raise _explained(error, what, model.repository) from error
+    folder = _cache(repository) / "snapshots" / info.sha
+    missing = tuple(file for file in files if not file.link.exists())
+    return Model(table, folder, sum(file.size for file in files), missing, info.sha)
 
 
 def _check_room(needed: int) -> None:
@@ -354,21 +333,21 @@ class _Stopped(Exception):
 class _Tally:
     """Counts the bytes of all files that are being fetched, from several threads."""
 
-    def __init__(self, files: Sequence[File]):
-        self.total = sum(file.size for file in files)
+    def __init__(self, files: Iterable[File]):
+        self._here = {file: file.size - file.missing for file in files}
+        self.total = sum(file.size for file in self._here)
         self.stopped = False
-        self._here = {file.blob: file.size - file.missing for file in files}
         self._came = deque([(time.monotonic(), 0)], maxlen=40)  # of ten seconds, as reports come
         self._fetched = 0
         self._lock = threading.Lock()
 
     def set(self, file: File, here: int) -> None:
         with self._lock:
-            self._here[file.blob] = here
+            self._here[file] = here
 
     def add(self, file: File, count: int) -> None:
         with self._lock:
-            self._here[file.blob] += count
+            self._here[file] += count
             self._fetched += count
         if self.stopped:
             raise _Stopped
@@ -378,13 +357,13 @@ class _Tally:
             done, now = sum(self._here.values()), time.monotonic()
             self._came.append((now, self._fetched))
             (since, before), after = self._came[0], self._fetched
-        speed = max(after - before, 0) / max(now - since, 1e-3)
+        speed = (after - before) / max(now - since, 1e-3)
         return Progress(done, self.total, speed, (self.total - done) / speed if speed else None)
 
 
-def _fetch_files(files: Sequence[File], tables: dict[str, str], report: Report | None) -> None:
-    """Bring all files into the cache, several at a time; the first that cannot be had ends it."""
-    tally, slots = _Tally(files), threading.Semaphore(AT_ONCE)
+def _fetch_files(tables: dict[File, str], report: Report | None) -> None:
+    """Bring all files into the cache, several at a time; the first that cannot be had ends it, naming its table."""
+    tally, slots = _Tally(tables), threading.Semaphore(AT_ONCE)
     ended: queue.SimpleQueue = queue.SimpleQueue()
 
     def run(file: File) -> None:
@@ -395,12 +374,14 @@ def _fetch_files(files: Sequence[File], tables: dict[str, str], report: Report |
             ended.put((file, None))
         except BaseException as error:
             ended.put((file, error))
+            tally.stopped = True
 
+    # Small ones first, so that a gate that is closed is met before gigabytes have come; then those that take longest.
     # Threads that Python does not wait for at its end: one may be waiting for a hub that has fallen silent.
-    for file in sorted(files, key=lambda file: -file.missing):  # the largest takes longest
+    for file in sorted(tables, key=lambda file: (file.size > SMALL, -file.missing)):
         threading.Thread(target=run, args=(file,), daemon=True).start()
     try:
-        left = len(files)
+        left = len(tables)
         while left:
             try:
                 file, error = ended.get(timeout=0.25)
@@ -409,7 +390,7 @@ def _fetch_files(files: Sequence[File], tables: dict[str, str], report: Report |
             else:
                 left -= 1
                 if error is not None:
-                    what = f"the model {file.repository} of [{tables[file.repository]}]"
+                    what = f"the model {file.repository} of [{tables[file]}]"
                     raise _explained(error, what, file.repository) from error
                 if left:
                     continue
@@ -427,13 +408,13 @@ def _fetch_file(file: File, tally: _Tally) -> None:
     with WeakFileLock(lock):  # as huggingface_hub locks it
         for _ in range(2):
             if not file.blob.exists():
-                _patiently(lambda: _continue(file, tally))
-                if _digest(file) == file.digest:
-                    os.replace(file.part, file.blob)
-                else:
+                _download(file, tally)
+                if _digest(file) != file.digest:
                     file.part.unlink()
                     tally.set(file, 0)
                     continue
+                os.replace(file.part, file.blob)
+            _link(file)
             tally.set(file, file.size)
             return
     raise Show1Error(
@@ -443,36 +424,62 @@ def _fetch_file(file: File, tally: _Tally) -> None:
     )
 
 
-def _continue(file: File, tally: _Tally) -> None:
-    """Append what is missing to the part of a file that is here."""
-
-    class Bar:
-        """What huggingface_hub takes for a tqdm bar."""
-
-        def __init__(self, **options):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def update(self, count: int) -> None:
-            tally.add(file, count)
-
+def _download(file: File, tally: _Tally) -> None:
+    """Append what is missing to the part of a file that is here, however often the connection breaks."""
     with file.part.open("ab") as part:
         if part.tell() > file.size:
             part.truncate(0)
         tally.set(file, part.tell())
-        http_get(
-            hf_hub_url(file.repository, file.path, revision=file.commit),
-            part,
-            resume_size=part.tell(),
-            headers=build_hf_headers(),
-            expected_size=file.size,
-            tqdm_class=Bar,
-        )
+
+        def go_on() -> None:
+            if part.tell() < file.size:
+                _stream(file, part, tally)
+            if part.tell() < file.size:
+                raise RemoteProtocolError("the content ended early")
+
+        _patiently(go_on, came=part.tell)
+        part.flush()
+        os.fsync(part.fileno())  # it is to be whole after a power cut too, once it bears its name
+
+
+def _stream(file: File, part: BinaryIO, tally: _Tally) -> None:
+    """Append to the part what one request brings."""
+    headers = build_hf_headers() | {"Accept-Encoding": "identity"}  # bytes are counted
+    if part.tell():
+        headers["Range"] = f"bytes={part.tell()}-"
+    url = hf_hub_url(file.repository, file.path, revision=file.commit)
+    with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
+        hf_raise_for_status(response)
+        if part.tell() and response.status_code != 206:  # all of it, though not asked for
+            part.seek(0)
+            part.truncate()
+            tally.set(file, 0)
+        for piece in response.iter_bytes():
+            part.write(piece)
+            tally.add(file, len(piece))
+            if part.tell() > file.size:
+                return  # another file: its hash will say so
+
+
+def _link(file: File) -> None:
+    """Show a file's content under its name."""
+    file.link.parent.mkdir(parents=True, exist_ok=True)
+    file.link.unlink(missing_ok=True)  # a link to nothing
+    try:
+        file.link.symlink_to(os.path.relpath(file.blob, file.link.parent))
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        os.replace(file.blob, file.link)  # a disk without links, as huggingface_hub does there
+
+
+def _note_commit(repository: str, revision: str | None, commit: str) -> None:
+    """Have the cache know which commit a branch or tag is at, for when the hub cannot be asked."""
+    ref = _cache(repository) / "refs" / (revision or constants.DEFAULT_REVISION)
+    if revision != commit and not (ref.is_file() and ref.read_text() == commit):
+        with contextlib.suppress(OSError):  # all else is here, in a cache that is only to be read
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(commit)
 
 
 def _digest(file: File) -> str:
@@ -483,35 +490,26 @@ def _digest(file: File) -> str:
         return hashlib.sha1(b"blob %d\0" % file.size + part.read()).hexdigest()
 
 
-def _patiently(ask: Callable[[], T]) -> T:
-    """Return what `ask` returns, asked again where the hub is busy or fails for a moment."""
-    for wait in (1, 2, 4, None):
+def _patiently(ask: Callable[[], T], came: Callable[[], int] | None = None) -> T:
+    """Return what `ask` returns, asked again where the hub is busy or fails for a moment, or the connection breaks.
+
+    It is given up after as many tries as there are WAITS, counted from the last that brought something by `came`, the
+    number of bytes that are here. A question, without `came`, that nobody answers is not repeated: there is no network.
+    """
+    tries = 0
+    while True:
+        before = came and came()
         try:
             return ask()
-        except HfHubHTTPError as error:
-            status, after = error.response.status_code, error.response.headers.get("Retry-After", "")
-            if wait is None or (status != 429 and status < 500):
+        except (HfHubHTTPError, TransportError) as error:
+            if came is None and isinstance(error, ConnectError | TimeoutException):
                 raise
-            if status == 429 and after.isdigit():
-                if int(after) > LONGEST_WAIT:
-                    raise
-                wait = int(after)
-        except ReadError:  # the connection broke off; huggingface_hub itself goes on after all other such faults
-            if wait is None:
+            tries = tries + 1 if before == (came and came()) else 1
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            asked = retry_after(error)
+            if tries > len(WAITS) or (asked or 0) > LONGEST_WAIT or not (status in (None, 408, 429) or status >= 500):
                 raise
-        time.sleep(wait)
-    raise AssertionError("the last try returns or raises")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep huggingface_hub's warnings, of each fault that it goes on after, out of our bar."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
+            time.sleep(WAITS[tries - 1] if asked is None else asked)
 
 
 def _explained(error: Exception, what: str, repository: str) -> Show1Error:

@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
-from accelerate import cpu_offload_with_hook
-from accelerate.hooks import UserCpuOffloadHook
-from diffusers.hooks import apply_group_offloading
 
 from show_1 import hub
 from show_1.cascade import STAGES, Cascade
@@ -22,6 +19,8 @@ from show_1.errors import Show1Error
 from show_1.graphs import Graphed
 
 if TYPE_CHECKING:
+    from accelerate.hooks import UserCpuOffloadHook
+
     from show_1.pipeline import Show1Pipeline
 
 GB = 10**9
@@ -88,8 +87,11 @@ def choose(cascade: Cascade, device: torch.device, weights: int, memory: str | N
     )
 
 
-def place(pipeline: "Show1Pipeline", tier: Tier, device: torch.device) -> list[UserCpuOffloadHook]:
+def place(pipeline: "Show1Pipeline", tier: Tier, device: torch.device) -> list["UserCpuOffloadHook"]:
     """Put the models where the tier wants them; return the hooks of those that come and go."""
+    from accelerate import cpu_offload_with_hook  # takes seconds, which the doctor does not have
+    from diffusers.hooks import apply_group_offloading
+
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())  # as the hooks will see it
     stages = (pipeline.keyframes, pipeline.interpolation, pipeline.pixel_upscale, pipeline.latent_upscale)

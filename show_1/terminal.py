@@ -10,10 +10,20 @@ from show_1.pipeline import Clip, Event, Notice, StageStart, StepDone, Video
 
 
 class DownloadBar:
-    """Draws the fetching of all models as one bar: bytes, speed, time left. To be given to `hub.fetch` as `report`."""
+    """Draws the fetching of all models as one bar: bytes, speed, time left. To be given to `hub.fetch` as `report`.
+
+    As a context it leaves the line of the bar at its end, also where fetching breaks off.
+    """
 
     def __init__(self):
         self._bar: tqdm | None = None
+
+    def __enter__(self) -> "DownloadBar":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
     def __call__(self, progress: Progress) -> None:
         if self._bar is None:

@@ -5,6 +5,7 @@ is, and each file by commit, the large ones behind a redirect. See https://huggi
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ TREE = re.compile(r"/api/models/([^/]+/[^/]+)/tree/[^/]+")
 ACCESS = re.compile(r"/api/models/([^/]+/[^/]+)/auth-check")
 FILE = re.compile(r"/([^/]+/[^/]+)/resolve/[0-9a-f]{40}/(.+)")
 STORED = "/stored/"
+AGENTS = "/api/agent-harnesses"  # huggingface_hub asks once a day and computer which programs call themselves agents
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,13 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong once with the content of a file, after its first half: it stops, ends, or is another.
+    """What goes wrong once with the content of a file, after its first half: it stalls, is cut, is short or wrong.
 
-    Or, with a `status`, before it.
+    "cut" breaks the promise of Content-Length, "short" does not: that is all there is said to be. Or, with a `status`,
+    before it.
     """
 
-    kind: str  # "stall", "cut", "wrong", "status"
+    kind: str  # "stall", "cut", "short", "wrong", "status"
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
 
@@ -51,10 +54,10 @@ class Hub:
     """Serves `folder`/owner/name as the models owner/name; `url` is for HF_ENDPOINT.
 
     `fetched` holds "owner/name/path" of every file sent from its beginning, in order and as often as it was, `ranges`
-    "owner/name/path byte" of those sent from that byte on; `requests` counts all. `faults` holds, by "owner/name/path",
-    what goes wrong with the next requests for it; `refusals`, by "owner/name", what is answered always; `busy`, by the
-    same, what the next questions about it are answered. `users` holds what the hub knows of a token; `sizes`, by
-    "owner/name/path", the size that it pretends a file has.
+    "owner/name/path byte" of those sent from that byte on; `requests` counts all but those for AGENTS. `faults` holds,
+    by "owner/name/path", what goes wrong with the next requests for it; `refusals`, by "owner/name", what is answered
+    always; `busy`, by the same, what the next questions about it are answered. `users` holds what the hub knows of a
+    token; `sizes`, by "owner/name/path", the size that it pretends a file has.
     """
 
     def __init__(self, folder: Path):
@@ -107,10 +110,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        self.hub.requests += 1
         path = self.path.partition("?")[0]
+        self.hub.requests += path != AGENTS
         if path.startswith(STORED):
-            self._send_file(path.removeprefix(STORED))
+            if self.headers["Authorization"]:
+                self._send(400, b"the address is signed already")  # and the token is nobody else's business
+            else:
+                self._send_file(path.removeprefix(STORED))
         elif path == "/api/whoami-v2":
             self._whoami()
         elif match := next((m for kind in (ACCESS, TREE, INFO, FILE) if (m := kind.fullmatch(path))), None):
@@ -158,11 +164,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _tree(self, repository: str) -> list[dict]:
         entries = []
         for path in self.hub.files(repository):
-            data = (self.hub.folder / repository / path).read_bytes()
-            size = self.hub.sizes.get(f"{repository}/{path}", len(data))
-            entry = {"type": "file", "path": path, "size": size, "oid": git_sha1(data)}
+            file = self.hub.folder / repository / path
+            size = self.hub.sizes.get(f"{repository}/{path}", file.stat().st_size)
+            sha1, sha256 = _hashes(file, file.stat().st_mtime_ns)
+            entry = {"type": "file", "path": path, "size": size, "oid": sha1}
             if path.endswith(LARGE):
-                entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": size, "pointerSize": 134}
+                entry["lfs"] = {"oid": sha256, "size": size, "pointerSize": 134}
             entries.append(entry)
         return entries
 
@@ -171,15 +178,18 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in self.hub.files(repository):
             self._send(404, b"", headers | {"X-Error-Code": "EntryNotFound"})
         elif path.endswith(LARGE):
-            data = (self.hub.folder / repository / path).read_bytes()
-            headers |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"'}
+            file = self.hub.folder / repository / path
+            sha256 = _hashes(file, file.stat().st_mtime_ns)[1]
+            headers |= {"X-Linked-Size": str(file.stat().st_size), "X-Linked-Etag": f'"{sha256}"'}
             self._send(302, b"", headers | {"Location": f"{self.hub.storage_url}{STORED}{repository}/{path}"})
         else:
             self._send_file(f"{repository}/{path}", headers)
 
     def _send_file(self, path: str, headers: dict[str, str] | None = None) -> None:
-        data = (self.hub.folder / path).read_bytes()
-        headers = (headers or {}) | {"ETag": f'"{git_sha1(data)}"', "Accept-Ranges": "bytes"}
+        file = self.hub.folder / path
+        data = file.read_bytes()
+        etag = _hashes(file, file.stat().st_mtime_ns)[0]
+        headers = (headers or {}) | {"ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         if self.command != "GET":
             self._send(200, data, headers)
             return
@@ -196,6 +206,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.ranges.append(f"{path} {begin}")
         if begin == 0:
             self.hub.fetched.append(path)
+        if fault and fault.kind == "short":
+            data = data[: begin + (len(data) - begin) // 2]
         half = begin + (len(data) - begin) // 2 if fault and fault.kind in ("stall", "cut") else None
         self._send(status, data[begin:], headers, only=None if half is None else half - begin)
         if half is not None:
@@ -220,6 +232,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args) -> None:
         pass
+
+
+@functools.cache
+def _hashes(file: Path, changed: int) -> tuple[str, str]:
+    """What git and LFS call a file's content; a client that waits is not to wait for this."""
+    data = file.read_bytes()
+    return git_sha1(data), hashlib.sha256(data).hexdigest()
 
 
 def git_sha1(data: bytes) -> str:
@@ -260,6 +279,7 @@ def _serve_fetches() -> None:
     from show_1.cascade import Cascade
     from show_1.errors import Show1Error
 
+    hub.WAITS = tuple(wait / 20 for wait in hub.WAITS)  # the tests are in a hurry
     for line in sys.stdin:
         file, changes, options = json.loads(line)
         reports = []

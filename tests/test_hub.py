@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -188,11 +190,45 @@ def test_progress_is_told(server, toml, tmp_path):
     assert reports[-1][3] == 0 and all(speed >= 0 for _, _, speed, _ in reports) and reports[-1][2] > 0
 
 
-def test_a_revision(client, toml, tiny_cascade, new_model):
-    pinned = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"', "interpolation.revision=v1")
-    assert "folders" in pinned, pinned
+@pytest.mark.parametrize("revision", ["v1", "a commit", "main", None])
+def test_a_revision(server, client, toml, tiny_cascade, new_model, revision):
+    revision = server.commit(new_model) if revision == "a commit" else revision
+    changes = [f'interpolation.model="{new_model}"', *([f'interpolation.revision="{revision}"'] if revision else [])]
+    answer = client.fetch(tiny_cascade, *changes)
+    assert Path(answer["folders"]["interpolation"]).name == server.commit(new_model)
+    assert client.fetch(tiny_cascade, *changes, offline=True)["folders"] == answer["folders"]
+
+
+def test_a_revision_that_is_not_there(client, tiny_cascade, new_model):
     answer = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"', "interpolation.revision=v9")
     _check_says(answer, new_model, "[interpolation]", "revision")
+
+
+def test_what_was_fetched_pinned_is_found_unpinned(server, client, tiny_cascade, new_model):
+    model = f'interpolation.model="{new_model}"'
+    client.fetch(tiny_cascade, model, f'interpolation.revision="{server.commit(new_model)}"')
+    fetched = list(server.fetched)
+    assert client.fetch(tiny_cascade, model)["reports"] == []
+    assert server.fetched == fetched
+    assert "folders" in client.fetch(tiny_cascade, model, offline=True)
+
+
+def test_huggingface_hub_finds_what_we_fetched(folders, server):
+    fetched = list(server.fetched)
+    home = Path(folders["keyframes"]).parents[3]
+    for offline in (True, False):
+        assert _snapshot_download(server.environment(home), offline=offline) == set(folders.values())
+    assert server.fetched == fetched
+
+
+def test_what_huggingface_hub_fetched_is_found(server, toml, tmp_path):
+    by_itself = _snapshot_download(server.environment(tmp_path))
+    fetched = list(server.fetched)
+    client = Client(server.environment(tmp_path))
+    for offline in (True, False):
+        assert set(client.fetch(toml, offline=offline)["folders"].values()) == by_itself
+    client.close()
+    assert server.fetched == fetched
 
 
 # --- A folder of models
@@ -221,6 +257,10 @@ GATED = {"X-Error-Code": "GatedRepo"}
 REFUSALS = {
     "no such model": (Refusal(404, {"X-Error-Code": "RepoNotFound"}), ("The hub does not have the model", "`model`")),
     "private": (Refusal(401, {"X-Error-Code": "RepoNotFound"}), ("or it is private", "login.py")),
+    "token expired": (
+        Refusal(401, {"X-Error-Message": 'User Access Token "mine" is expired'}),
+        ("does not accept the token", "has expired", "settings/tokens"),
+    ),
     "wrong token": (
         Refusal(401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
         ("does not accept the token", "settings/tokens"),
@@ -240,7 +280,11 @@ REFUSALS = {
     ),
     "disabled": (Refusal(403, {"X-Error-Message": "Access to this resource is disabled."}), ("failed", "Try again")),
     "bad request": (Refusal(400), ("failed", "Try again")),
-    "always busy": (Refusal(429, {"Retry-After": "3600"}), ("too many requests", "is kept")),
+    "always busy": (Refusal(429, {"Retry-After": "0"}), ("too many requests", "is kept")),
+    "busy for long": (Refusal(429, {"Retry-After": "3600"}), ("too many requests", "Wait 60 minutes")),
+    "busy for long, files": (Refusal(429, {"Retry-After": "3600"}, files_only=True), ("too many", "Wait 60 minutes")),
+    "busy, as the hub says it": (Refusal(429, {"RateLimit": '"api";r=0;t=299'}), ("too many requests", "5 minutes")),
+    "files always failing": (Refusal(503, files_only=True), ("fails (503)", "is kept")),
     "always failing": (Refusal(500), ("fails (500)", "is kept")),
 }
 
@@ -251,6 +295,20 @@ def test_refusals(client, server, tiny_cascade, new_model, refusal, said):
     answer = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
     # A token concerns all models; everything else one.
     _check_says(answer, *said, *(() if "token (401)" in answer["problem"] else (new_model, "[interpolation]")))
+
+
+def test_a_closed_gate_is_met_before_much_has_come(server, served, toml, new_model, tmp_path):
+    (served / weights_of(new_model)).write_bytes(os.urandom(20_000_000))
+    gated = "DeepFloyd/IF-II-L-v1.0"  # not the first of the cascade's models
+    server.refusals[gated], server.pause = REFUSALS["gated, not asked"][0], 0.05
+    client = Client(server.environment(tmp_path))
+    answer = client.fetch(toml, f'interpolation.model="{new_model}"')
+    client.close()
+    del server.refusals[gated]
+    server.pause = 0
+    _check_says(answer, gated, "has not asked")
+    blobs = [blob for blob in tmp_path.rglob("blobs/*") if blob.stat().st_size > 10_000_000]
+    assert blobs == []
 
 
 def test_a_model_that_is_not_there(client, tiny_cascade):
@@ -285,7 +343,8 @@ FAULTS = {
     "failing once": [Fault("status", 500)],
     "busy once": [Fault("status", 429, {"Retry-After": "1"})],
     "stalled": [Fault("stall")],
-    "cut short, twice": [Fault("cut"), Fault("cut")],
+    "cut short, again and again": [Fault("cut") for _ in range(7)],
+    "shorter than it should be": [Fault("short")],
     "wrong once": [Fault("wrong")],
 }
 
@@ -305,10 +364,19 @@ def test_asks_again_for_the_list_of_files(server, client, tiny_cascade, new_mode
     assert "folders" in client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
 
 
-def test_what_arrives_damaged_again_and_again_is_not_kept(server, client, tiny_cascade, new_model):
-    server.faults[weights_of(new_model)] = [Fault("wrong") for _ in range(9)]
+@pytest.mark.parametrize("file", UNET)
+def test_what_arrives_damaged_again_and_again_is_not_kept(server, client, folders, tiny_cascade, new_model, file):
+    """Of large files the hub gives one hash, of small ones another."""
+    config = server.folder / new_model / UNET[0]
+    config.write_text(config.read_text() + " " * len(new_model))  # a hash of its own
+    server.faults[f"{new_model}/{file}"] = [Fault("wrong") for _ in range(9)]
     answer = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
-    _check_says(answer, new_model, "unet/diffusion_pytorch_model.bin", "damaged", "Try again")
+    _check_says(answer, new_model, file, "damaged", "Try again")
+    cache = Path(folders["keyframes"]).parents[2] / f"models--{new_model.replace('/', '--')}"
+    content = (server.folder / new_model / file).read_bytes()
+    names = (hashlib.sha256(content).hexdigest(), git_sha1(content))
+    assert not [blob for name in names for blob in cache.glob(f"blobs/{name}*")]
+    assert not list(cache.glob(f"snapshots/*/{file}"))
     server.faults.clear()
     answer = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
     _check_same(server, new_model, answer["folders"]["interpolation"])
@@ -316,8 +384,8 @@ def test_what_arrives_damaged_again_and_again_is_not_kept(server, client, tiny_c
 
 def test_killed_in_the_middle_it_goes_on_from_there(server, served, tiny_cascade, new_model, tmp_path):
     weights = served / weights_of(new_model)
-    weights.write_bytes(os.urandom(40_000_000))
-    server.pause = 0.05
+    weights.write_bytes(os.urandom(20_000_000))
+    server.pause = 0.1
     client = Client(server.environment(tmp_path))
     client.start(tiny_cascade, f'interpolation.model="{new_model}"')
     part = tmp_path / f"hub/models--{new_model.replace('/', '--')}/blobs/{_sha256(weights)}.incomplete"
@@ -329,7 +397,7 @@ def test_killed_in_the_middle_it_goes_on_from_there(server, served, tiny_cascade
     client.process.wait()
     server.pause = 0
     came = part.stat().st_size
-    assert 0 < came < 40_000_000
+    assert 0 < came < 20_000_000
     client = Client(server.environment(tmp_path))
     answer = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
     client.close()
@@ -396,9 +464,7 @@ def cut_off(server, folders):
     client.close()
 
 
-def test_without_the_hub_what_an_older_program_fetched_is_found(folders, cut_off, toml):
-    """Older versions of huggingface_hub kept no list of a repository's files."""
-    shutil.rmtree(Path(folders["pixel_upscale"]).parents[1] / "trees")
+def test_without_the_hub_what_was_fetched_is_used(folders, cut_off, toml):
     assert cut_off.fetch(toml)["folders"] == folders
 
 
@@ -420,6 +486,17 @@ def _add(folder, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"not needed: {name}")
+
+
+def _snapshot_download(environment: dict[str, str], *, offline: bool = False) -> set[str]:
+    """Where huggingface_hub itself puts or finds the needed files."""
+    program = (
+        "from huggingface_hub import snapshot_download\n"
+        f"for repository, files in { ({name: sorted(files) for name, files in NEEDED.items()})!r}.items():\n"
+        f"    print(snapshot_download(repository, allow_patterns=files, local_files_only={offline}))"
+    )
+    command = [sys.executable, "-c", program]
+    return set(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.split())
 
 
 def _sha256(file: Path) -> str:
