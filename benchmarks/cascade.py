@@ -279,7 +279,7 @@ def _run(arguments: argparse.Namespace) -> None:
     original = Original(models.load(exact, device, dtype, random), device)
     loaded = time.perf_counter()
     pipeline = models.load(cascade, device, dtype, random)
-    pipeline.offload_hooks = placement.place(pipeline, tier, device)
+    placement.place(pipeline, tier, device)
     load_seconds = time.perf_counter() - loaded
     ours, clock = Ours(pipeline), Clock(device)
     found = {

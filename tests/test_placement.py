@@ -23,7 +23,7 @@ def exact(one_step_cascade) -> torch.Tensor:
 def test_every_tier_gives_the_same_frames(one_step_cascade, exact, tier):
     """The hooks run as on a GPU, only that the device they move models to is the CPU."""
     pipeline = Show1Pipeline.from_cascade(one_step_cascade, "cpu", torch.float64)
-    pipeline.offload_hooks = placement.place(pipeline, tier, CPU)
+    placement.place(pipeline, tier, CPU)
     result = pipeline(tiny.PROMPT, seed=tiny.SEED)
     assert (result.tensors["video"] - exact).abs().max() < 1e-6
     assert result.settings["device"] == "cpu"
