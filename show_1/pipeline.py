@@ -125,7 +125,7 @@ class Show1Pipeline:
     ) -> "Show1Pipeline":
         """Load a cascade: a bundled name, a TOML file, or one read already; what is not here is fetched from the hub.
 
-        By default that is `show-1` in float16 on the CUDA device where there is one, else `mini` in float32 on the CPU.
+        By default that is `show-1` on the CUDA device where there is one, else `mini` on the CPU; see `default_dtype`.
         `dtype` is that of all models and all noise. What sits on the device follows from its free memory, or from
         `memory` ("12GB"). `models`, `offline` and `report` are those of `hub.fetch`: a folder to take the models from,
         no network, and what to call with the fetching's Progress.
@@ -133,7 +133,7 @@ class Show1Pipeline:
         Raises Show1Error for a cascade, model, device, dtype or memory that will not do.
         """
         device = check_device(device)
-        dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+        dtype = dtype or default_dtype(device)
         _check_dtype(device, dtype)
         cascade = name_or_file
         if not isinstance(cascade, Cascade):
@@ -378,6 +378,14 @@ def draw_seed() -> int:
 def default_cascade(device: torch.device) -> str:
     """Return the bundled cascade that suits a device."""
     return "show-1" if device.type == "cuda" else "mini"
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Return float16 for a CUDA device, bfloat16 for a CPU that multiplies matrices in it (AMX), else float32."""
+    if device.type == "cuda":
+        return torch.float16
+    amx = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return torch.bfloat16 if amx else torch.float32
 
 
 def check_device(device: str | torch.device | None) -> torch.device:

@@ -100,7 +100,8 @@ def denoise(
 
     `sample` is (batch, channels, frames, height, width), or (batch, channels, height, width) for an image model;
     `condition` is set behind its channels before each call; `scheduler` comes from `prepare` and walks `timesteps`, by
-    default all of its own. `guidance` is the scale of classifier-free guidance (Ho and Salimans, arXiv 2207.12598): 1
+    default all of its own. In half precision only the UNet is: sample and scheduler, and so what is returned, are in
+    float32. `guidance` is the scale of classifier-free guidance (Ho and Salimans, arXiv 2207.12598): 1
     means none and costs half. `rows` is as in `Stage`. Where `text` is of several prompts, each has as many rows of
     `sample`, in their order, and a generator in `generators` for what its scheduler draws.
 
@@ -108,6 +109,7 @@ def denoise(
     `guidance_interval` (arXiv 2404.07724); the UNet's deep features computed at every `reuse`-th step only and reused
     in between (DeepCache, arXiv 2312.00858).
     """
+    sample = sample.to(torch.promote_types(sample.dtype, torch.float32))
     batch, channels = sample.shape[:2]
     prompts = len(text.prompt)
     schedulers = [scheduler, *(copy.deepcopy(scheduler) for _ in range(1, prompts))]  # one a prompt: they remember
@@ -122,7 +124,7 @@ def denoise(
         model_input = scheduler.scale_model_input(sample, timestep)
         if condition is not None:
             model_input = torch.cat([model_input, condition], dim=1)
-        prediction = predict(model_input, timestep, guided)
+        prediction = predict(model_input.to(unet.dtype), timestep, guided).to(sample.dtype)
         noise, variance = prediction[:, :channels], prediction[:, channels:]
         if guided:
             negative, positive = noise.chunk(2)

@@ -89,7 +89,7 @@ class LatentUpscalePipeline(Stage):
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Return (batch, 3, frames, ...), about [−1, 1], of (batch, channels, frames, height, width) latents."""
-        frames = fold(latents) / self.vae.config.scaling_factor
+        frames = fold(latents).to(self.dtype) / self.vae.config.scaling_factor
         decoded = [self.vae.decode(part).sample for part in frames.split(self.vae_frames)]
         return unfold(torch.cat(decoded), latents.shape)
 
