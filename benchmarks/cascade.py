@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import models
 from benchmarks.ways import STAGES, Original, Ours, made_up_clips
-from show_1 import Cascade, Show1Error, hub, placement
+from show_1 import Cascade, Show1Error, hub, placement, video
 from show_1.command_line import DTYPES
 from show_1.errors import exit_code
-from show_1.pipeline import check_device, default_cascade
+from show_1.pipeline import check_device, default_cascade, default_dtype
 
 MEASURES = ("steps", "schedule", "guidance_interval", "reuse")  # of a fast cascade; steps take their schedule along
 
@@ -122,19 +122,24 @@ def measure_by_measure(fast: Cascade, exact: Cascade, ours: Ours, clock: Clock, 
 
     The distance is the peak signal-to-noise ratio to the exact cascade's video of the same seed, in decibels.
     """
-    rows, reference, seconds = {}, None, None
-    for name, cascade in measures(fast, exact).items():
-        ours.pipeline.cascade = cascade
-        times = []
-        for number in range(warmups + rounds):
-            result, told = clock(lambda: video(ours))
-            if number >= warmups:
-                times.append(told["seconds"])
-        if name == "exact":
-            reference, seconds = result, statistics.median(times)
-        rows[name] = {"seconds": statistics.median(times), "speed": seconds / statistics.median(times)}
-        if name != "exact":
-            rows[name]["psnr_db"] = distance(result, reference)["psnr_db"]
+    rows, reference = {}, None
+    try:
+        for name, cascade in measures(fast, exact).items():
+            ours.pipeline.cascade = cascade
+            times = []
+            for number in range(warmups + rounds):
+                result, told = clock(lambda: whole_video(ours))
+                if number >= warmups:
+                    times.append(told["seconds"])
+            row = {"seconds": statistics.median(times)}
+            if name == "exact":
+                reference = result
+            else:
+                row["psnr_db"] = distance(result, reference)["psnr_db"]
+            rows[name] = row | {"speed": rows.get("exact", row)["seconds"] / row["seconds"]}
+            print(f"measured: {name.replace('_', ' ')}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("Interrupted; what follows is of the finished measures.", file=sys.stderr)
     return rows
 
 
@@ -156,7 +161,7 @@ def measures(fast: Cascade, exact: Cascade) -> dict[str, Cascade]:
     return variants | {"all": fast}
 
 
-def video(ours: Ours) -> torch.Tensor:
+def whole_video(ours: Ours) -> torch.Tensor:
     """Make a whole video, stage by stage, and return it."""
     clips: dict[str, torch.Tensor] = {}
     for stage in STAGES:
@@ -203,7 +208,10 @@ def table(found: dict) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     totals = (_number(found[key]) for key in ("original_seconds", "seconds", "ratio"))
     lines.append(f"| **end to end** | {' | '.join(totals)} | | | | |")
-    lines += ["", f"First video {_number(found['first_video_seconds'])} s, loading {_number(found['load_seconds'])} s."]
+    cold = f"First video {_number(found['first_video_seconds'])} s, loading {_number(found['load_seconds'])} s"
+    if "peak_process_gb" in found:
+        cold += f", both ways' peak memory in one process {_number(found['peak_process_gb'])} GB"
+    lines += ["", f"{cold}."]
     if "measures" in found:
         lines += ["", "| measure | s | times as fast | PSNR to the exact video, dB |", "| --- | --- | --- | --- |"]
         for name, row in found["measures"].items():
@@ -271,7 +279,9 @@ def _run(arguments: argparse.Namespace) -> None:
     random = arguments.weights == "random"
     if random and device.type == "cpu":
         raise Show1Error("Full-size models take hours on a CPU.", "Run this where a GPU is, or take the cascade mini.")
-    dtype = DTYPES.get(arguments.dtype) or (torch.float16 if device.type == "cuda" else torch.float32)
+    for file in filter(None, (arguments.json, arguments.plot)):
+        video.check_writable(file)  # now, rather than after the work
+    dtype = DTYPES.get(arguments.dtype) or default_dtype(device)
 
     began = time.perf_counter()
     weights = placement.SHOW_1 if random else placement.weight_bytes(cascade, hub.fetch(cascade), dtype)
@@ -279,7 +289,7 @@ def _run(arguments: argparse.Namespace) -> None:
     original = Original(models.load(exact, device, dtype, random), device)
     loaded = time.perf_counter()
     pipeline = models.load(cascade, device, dtype, random)
-    pipeline.offload_hooks = placement.place(pipeline, tier, device)
+    placement.place(pipeline, tier, device)
     load_seconds = time.perf_counter() - loaded
     ours, clock = Ours(pipeline), Clock(device)
     found = {

@@ -44,11 +44,14 @@ def _parser() -> argparse.ArgumentParser:
         '"python -m show_1 replay FILE.mp4" makes a video again and compares.',
     )
     parser.add_argument("prompt", help="what the video should show")
+    parser.add_argument(
+        "--also", metavar="PROMPT", action="append", default=[], help="another video in one go; may be repeated"
+    )
     parser.add_argument("--cascade", metavar="NAME|FILE", help=f"{', '.join(Cascade.names())}, or a TOML file")
     parser.add_argument("--seed", metavar="N", help="for the same video again; drawn if left out")
     parser.add_argument("--out", metavar="FILE.mp4", type=Path, help=f"default: a name of its own in {OUTPUTS}/")
     parser.add_argument("--device", help="cuda, cpu, mps, ...; default: cuda where there is one")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on the CPU")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: half precision where the device is fast in it")
     parser.add_argument("--memory", metavar="12GB", help="how much of the GPU's memory to use; default: what is free")
     parser.add_argument("--save-stages", metavar="FILE.safetensors", type=Path, help="keep what the stages pass on")
     parser.add_argument(
@@ -64,8 +67,16 @@ def _run(arguments: argparse.Namespace) -> None:
     seed = draw_seed() if arguments.seed is None else _whole_number(arguments.seed)
     device = check_device(arguments.device)
     cascade = Cascade.load(arguments.cascade or default_cascade(device)).override(arguments.set)
-    out = arguments.out or _free_name(arguments.prompt, seed)
-    check_request(arguments.prompt, seed, out)
+    prompts = [arguments.prompt, *arguments.also]
+    if arguments.also and (arguments.out or arguments.save_stages):
+        raise Show1Error(
+            f"--out and --save-stages name one file, and there are {len(prompts)} prompts.",
+            "Leave them out: each video gets a name of its own. Or give the prompts one at a time.",
+        )
+    outs: list[Path] = []
+    for prompt in prompts:
+        outs.append(arguments.out or _free_name(prompt, seed, outs))
+        check_request(prompt, seed, outs[-1])
     if arguments.save_stages is not None:
         _save_tensors({}, arguments.save_stages)  # to fail now rather than at the end
         arguments.save_stages.unlink()
@@ -83,12 +94,13 @@ def _run(arguments: argparse.Namespace) -> None:
             offline=arguments.offline,
             report=bar,
         )
-    result = draw(pipeline.stream(arguments.prompt, seed=seed, path=out))
+    result = draw(pipeline.stream(prompts, seed=[seed] * len(prompts), path=outs))
     if arguments.save_stages is not None:
         _save_tensors(result.tensors, arguments.save_stages)
         print(f"Stages: {arguments.save_stages}")
     print(f"Seed: {seed}")
-    print(f"Video: {out}")
+    for out in outs:
+        print(f"Video: {out}")
 
 
 def _whole_number(text: str) -> int:
@@ -98,11 +110,11 @@ def _whole_number(text: str) -> int:
         raise Show1Error(f"The seed cannot be {text!r}.", f"Give a whole number from 0 to {MAX_SEED}.") from None
 
 
-def _free_name(prompt: str, seed: int) -> Path:
+def _free_name(prompt: str, seed: int, taken: Sequence[Path]) -> Path:
     OUTPUTS.mkdir(parents=True, exist_ok=True)
     stem = f"{slug(prompt)}-{seed}"
     names = (f"{stem}{suffix}.mp4" for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
-    return next(OUTPUTS / name for name in names if not (OUTPUTS / name).exists())
+    return next(OUTPUTS / name for name in names if not (OUTPUTS / name).exists() and OUTPUTS / name not in taken)
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

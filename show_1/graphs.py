@@ -29,26 +29,31 @@ class Recording:
 class Graphed:
     """A module's forward, replayed from the third call of a kind on; the kind is the shapes and types of its inputs.
 
-    Where recording fails, calls go on as they were, and the log says so once.
+    Where recording fails, all modules' calls go on as they were, and the log says so once.
     """
+
+    failed = False  # of the class: what one could not, the others will not be able to either
 
     def __init__(self, forward: Callable):
         self.forward = forward
         self.recordings: dict[tuple, Recording | None] = {}  # None: seen once, which has warmed the libraries up
-        self.failed = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = (args, kwargs)
         kind = tuple((tuple(x.shape), x.dtype, x.device.type) if _is_tensor(x) else x for x in tree_leaves(inputs))
         kind += tuple(kwargs)
-        if self.failed or kind not in self.recordings:
-            self.recordings.setdefault(kind, None)
+        if Graphed.failed:
+            self.recordings.clear()  # their memory may be what was missing
+            return self.forward(*args, **kwargs)
+        if kind not in self.recordings:
+            self.recordings[kind] = None
             return self.forward(*args, **kwargs)
         if self.recordings[kind] is None:
             try:
                 self.recordings[kind] = record(self.forward, inputs)
             except Exception as error:  # whatever the driver and the libraries raise
-                self.failed = True
+                Graphed.failed = True
+                self.recordings.clear()
                 log.warning("Goes on without CUDA graphs, slower: %s", str(error).partition("\n")[0])
                 return self.forward(*args, **kwargs)
         recording = self.recordings[kind]
@@ -63,7 +68,8 @@ def record(forward: Callable, inputs: tuple[tuple, dict]) -> Recording:
     """Record one call on the present CUDA device; what it computes comes with the first replay."""
     args, kwargs = held = _copy(inputs)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool()):
+    # What other threads do on the device meanwhile, such as freeing memory, is no fault of this one's recording.
+    with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
         output = forward(*args, **kwargs)
     return Recording(held, output, graph.replay)
 

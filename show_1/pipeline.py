@@ -4,7 +4,7 @@ import math
 import platform
 import secrets
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from show_1.stages import (
     Step,
     window_starts,
 )
-from show_1.text import dropped_words
+from show_1.text import dropped_words, listed
 
 MAX_SEED = 2**53 - 1  # the largest whole number that JSON and browsers keep exactly
 
@@ -50,7 +50,10 @@ class StageStart:
 
 @dataclass(frozen=True)
 class StepDone:
-    """Step number `step` of `steps` is done; `preview` is (frames, height, width, 3) uint8 where it was asked for."""
+    """Step number `step` of `steps` is done; `preview` is (frames, height, width, 3) uint8 where it was asked for.
+
+    Of several prompts it shows the first.
+    """
 
     stage: str
     step: int
@@ -60,14 +63,14 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Clip:
-    """What a stage has made: (1, 3, frames, height, width) in [−1, 1]; the first frame without the frames."""
+    """What a stage has made: (prompts, 3, frames, height, width) in [−1, 1]; the first frame without the frames."""
 
     stage: str
     tensor: torch.Tensor
 
     @property
     def frames(self) -> np.ndarray:
-        """The clip for people, (frames, height, width, 3) uint8."""
+        """The (first prompt's) clip for people, (frames, height, width, 3) uint8."""
         return video.to_uint8(self.tensor if self.tensor.ndim == 5 else self.tensor[:, :, None])
 
 
@@ -104,6 +107,7 @@ class Show1Pipeline:
         self.pixel_upscale = pixel_upscale
         self.latent_upscale = latent_upscale
         self.weights: str | None = None  # a fingerprint, where `from_cascade` has loaded them
+        self.prompts_at_once = 1
         self.offload_hooks: list[UserCpuOffloadHook] = []  # of the models that are on the device only while they work
         self._check_sizes()
 
@@ -121,7 +125,7 @@ class Show1Pipeline:
     ) -> "Show1Pipeline":
         """Load a cascade: a bundled name, a TOML file, or one read already; what is not here is fetched from the hub.
 
-        By default that is `show-1` in float16 on the CUDA device where there is one, else `mini` in float32 on the CPU.
+        By default that is `show-1` on the CUDA device where there is one, else `mini` on the CPU; see `default_dtype`.
         `dtype` is that of all models and all noise. What sits on the device follows from its free memory, or from
         `memory` ("12GB"). `models`, `offline` and `report` are those of `hub.fetch`: a folder to take the models from,
         no network, and what to call with the fetching's Progress.
@@ -129,7 +133,7 @@ class Show1Pipeline:
         Raises Show1Error for a cascade, model, device, dtype or memory that will not do.
         """
         device = check_device(device)
-        dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
+        dtype = dtype or default_dtype(device)
         _check_dtype(device, dtype)
         cascade = name_or_file
         if not isinstance(cascade, Cascade):
@@ -139,43 +143,64 @@ class Show1Pipeline:
         stages = loading.load_stages(cascade, folders, dtype)
         pipeline = cls(cascade, *stages)
         pipeline.weights = loading.fingerprint(stages)
-        pipeline.offload_hooks = placement.place(pipeline, tier, device)
+        placement.place(pipeline, tier, device)
         return pipeline
 
     def with_cascade(self, cascade: Cascade) -> "Show1Pipeline":
         """Return a pipeline of the same models with other settings, such as steps."""
         other = Show1Pipeline(cascade, self.keyframes, self.interpolation, self.pixel_upscale, self.latent_upscale)
         other.weights, other.offload_hooks = self.weights, self.offload_hooks
+        other.prompts_at_once = self.prompts_at_once
         return other
 
-    def __call__(self, prompt: str, *, seed: int | None = None, path: str | Path | None = None) -> Video:
-        """Make a video and, where `path` is given, write it there as MP4; see `stream` for the rest."""
-        *_, result = self.stream(prompt, seed=seed, path=path)
-        return result
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] | None = None,
+        path: str | Path | Sequence[str | Path] | None = None,
+    ) -> Video | list[Video]:
+        """Make a video, or a list of one a prompt, and write it to `path`, where given; see `stream` for the rest."""
+        videos = [event for event in self.stream(prompt, seed=seed, path=path) if isinstance(event, Video)]
+        return videos[0] if isinstance(prompt, str) else videos
 
     def stream(
-        self, prompt: str, *, seed: int | None = None, path: str | Path | None = None, previews: bool = False
+        self,
+        prompt: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] | None = None,
+        path: str | Path | Sequence[str | Path] | None = None,
+        previews: bool = False,
     ) -> Iterator[Event]:
         """Yield what happens as it happens: stage starts, steps, each stage's clip, at last the Video.
+
+        Several prompts run through the stages as one batch, as many at once as the memory allows, and a Video of each
+        comes at the end: the frames, to rounding, that it would be alone. They take a seed and a path each, or one seed
+        for all.
 
         To cancel, stop asking: nothing has been written until the Video comes. The same prompt, seed and cascade give
         the same frames on the same device and dtype; without a seed one is drawn, and told in the settings. With
         `previews` each step carries the stage's present estimate of its result (of the latent upscale's, one frame).
 
-        Raises Show1Error at once for a blank prompt, a seed beyond 0…2^53 − 1, or a path that cannot be written to.
+        Raises Show1Error at once for a blank prompt, a seed beyond 0…2^53 − 1, a path that cannot be written to, and
+        where prompts, seeds and paths are not as many.
         """
-        check_request(prompt, seed, path)
-        seed = draw_seed() if seed is None else seed
-        return self._stream(prompt, seed, path, previews)
+        requests = _requests(prompt, seed, path)
+        return self._batches(requests, previews)
 
-    def _stream(self, prompt: str, seed: int, path: str | Path | None, previews: bool) -> Iterator[Event]:
+    def _batches(self, requests: list["Request"], previews: bool) -> Iterator[Event]:
+        for start in range(0, len(requests), self.prompts_at_once):
+            yield from self._stream(requests[start : start + self.prompts_at_once], previews)
+
+    def _stream(self, requests: list["Request"], previews: bool) -> Iterator[Event]:
         started = time.monotonic()
-        yield from self._notices(prompt)
+        prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
+        for prompt in dict.fromkeys(prompts):
+            yield from self._notices(prompt)
         cascade = self.cascade
         for hook in self.offload_hooks:
             hook.offload()  # a video that was broken off may have left a model on the device
-        text = self.keyframes.encode(prompt)
-        tensors = {"prompt_embeds": text.prompt, "negative_prompt_embeds": text.negative}
+        text = self.keyframes.encode(prompts)
 
         def run(stage: str, steps: int, stream: Generator[Step, None, torch.Tensor]):
             """Pass on a stage's steps as events, return its clip."""
@@ -191,7 +216,7 @@ class Show1Pipeline:
             raise RuntimeError(f"{stage} takes more than its {steps} steps")
 
         def settings(stage: str) -> dict[str, Any]:
-            return cascade.stream_settings(stage) | {"seed": seed}
+            return cascade.stream_settings(stage) | {"seed": seeds}
 
         keyframes = yield from run(
             "keyframes", cascade.keyframes.steps, self.keyframes.stream(text, **settings("keyframes"))
@@ -216,24 +241,28 @@ class Show1Pipeline:
             "latent_upscale",
             int(table.steps * table.strength),
             self.latent_upscale.stream(
-                self.latent_upscale.encode(prompt, table.negative_prompt),
+                self.latent_upscale.encode(prompts, table.negative_prompt),
                 pixel_upscaled,
                 **settings("latent_upscale"),
             ),
         )
-        tensors |= {
+        tensors = {
+            "prompt_embeds": text.prompt,
+            "negative_prompt_embeds": text.negative.expand_as(text.prompt),
             "keyframes": keyframes,
             "interpolated": interpolated,
             "first_frame": first_frame,
             "pixel_upscaled": pixel_upscaled,
             "video": upscaled,
         }
-        frames = video.to_uint8(upscaled)
-        told = self.settings(prompt, seed) | {"seconds": round(time.monotonic() - started, 1)}
-        if path is not None:
-            # The seconds stay out of the file: the same video is the same bytes.
-            video.write(path, frames, cascade.fps, self.settings(prompt, seed))
-        yield Video(frames, told, {name: tensor.cpu() for name, tensor in tensors.items()})
+        for n, request in enumerate(requests):
+            frames = video.to_uint8(upscaled[n : n + 1])
+            settings = self.settings(request.prompt, request.seed)
+            if request.path is not None:
+                # The seconds stay out of the file: the same video is the same bytes.
+                video.write(request.path, frames, cascade.fps, settings)
+            told = settings | {"seconds": round(time.monotonic() - started, 1)}
+            yield Video(frames, told, {name: tensor[n : n + 1].cpu() for name, tensor in tensors.items()})
 
     def _notices(self, prompt: str) -> Iterator[Notice]:
         if unknown := self.cascade.unknown_words(prompt):
@@ -249,12 +278,12 @@ class Show1Pipeline:
     def _preview(self, stage: str, step: Step) -> np.ndarray:
         clip = step.clean
         if stage == "interpolation":
-            clip = self.interpolation.join(clip)
+            clip = self.interpolation.join(clip[: self.cascade.keyframes.frames - 1])
         elif stage == "first_frame":
             clip = clip[:, :, None]
         elif stage == "latent_upscale":
             middle = clip.shape[2] // 2
-            clip = self.latent_upscale.decode(clip[:, :, middle : middle + 1])
+            clip = self.latent_upscale.decode(clip[:1, :, middle : middle + 1])
         return video.to_uint8(clip)
 
     def settings(self, prompt: str, seed: int) -> dict[str, Any]:
@@ -289,6 +318,37 @@ class Show1Pipeline:
                     )
 
 
+@dataclass(frozen=True)
+class Request:
+    """One video that is wanted."""
+
+    prompt: str
+    seed: int
+    path: str | Path | None
+
+
+def _requests(
+    prompt: str | Sequence[str],
+    seed: int | Sequence[int] | None,
+    path: str | Path | Sequence[str | Path] | None,
+) -> list[Request]:
+    prompts = listed(prompt)
+    if not prompts:
+        raise Show1Error("There is no prompt.", "Give one, or a list of at least one.")
+    seeds = list(seed) if isinstance(seed, Sequence) else [draw_seed() if seed is None else seed] * len(prompts)
+    paths = [path] * len(prompts) if path is None else [path] if isinstance(path, str | Path) else list(path)
+    for what, values in (("seeds", seeds), ("paths", paths)):
+        if len(values) != len(prompts):
+            raise Show1Error(
+                f"There are {len(prompts)} prompts, and {what} for {len(values)}.", "Give one for each prompt."
+            )
+    for one in zip(prompts, seeds, paths, strict=True):
+        check_request(*one)
+    if path is not None and len(set(map(str, paths))) < len(paths):
+        raise Show1Error("Two prompts have the same path.", "Give each a file of its own.")
+    return [Request(*one) for one in zip(prompts, seeds, paths, strict=True)]
+
+
 def check_request(prompt: str, seed: int | None, path: str | Path | None) -> None:
     """Raise Show1Error for a blank prompt, a seed that is none, or a path that cannot be written to."""
     if not prompt.strip():
@@ -318,6 +378,14 @@ def draw_seed() -> int:
 def default_cascade(device: torch.device) -> str:
     """Return the bundled cascade that suits a device."""
     return "show-1" if device.type == "cuda" else "mini"
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Return float16 for a CUDA device, bfloat16 for a CPU that multiplies matrices in it (AMX), else float32."""
+    if device.type == "cuda":
+        return torch.float16
+    amx = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return torch.bfloat16 if amx else torch.float32
 
 
 def check_device(device: str | torch.device | None) -> torch.device:

@@ -17,10 +17,9 @@ from show_1 import hub
 from show_1.cascade import STAGES, Cascade
 from show_1.errors import Show1Error
 from show_1.graphs import Graphed
+from show_1.models import channels_last
 
 if TYPE_CHECKING:
-    from accelerate.hooks import UserCpuOffloadHook
-
     from show_1.pipeline import Show1Pipeline
 
 GB = 10**9
@@ -35,8 +34,8 @@ class Tier:
 
     `memory` is the nominal memory in GB of the smallest card that runs Show-1 this way. `one_at_a_time`: T5 and the
     UNets are on the device only while they work, so T5 leaves once the prompt is encoded. `text_by_layer`: of T5, only
-    the layer at work. `unets_by_block`: of a UNet, its middle and the down or up block at work. `rows` and `vae_frames`
-    are as in the stages.
+    the layer at work. `unets_by_block`: of a UNet, its middle and the down or up block at work. `prompts`: how many run
+    as one batch. `rows` and `vae_frames` are as in the stages.
     """
 
     name: str
@@ -44,6 +43,7 @@ class Tier:
     one_at_a_time: bool = False
     text_by_layer: bool = False
     unets_by_block: bool = False
+    prompts: int = 1
     rows: int | None = None
     vae_frames: int = 1
 
@@ -57,14 +57,14 @@ class Tier:
 # UNet 3.5, CLIP and the VAE, which always stay, 0.9. What the UNets work with comes to 3.5 at most, 1.8 in single rows
 # (counted on the meta device, in eager mode; not yet measured: `python -m benchmarks.cascade --memory 12GB` does that).
 TIERS = (
-    Tier("all on the GPU", 40, vae_frames=8),
+    Tier("all on the GPU", 40, prompts=2, vae_frames=8),
     Tier("one model at a time", 16, one_at_a_time=True, vae_frames=4),
     Tier("one model at a time, T5 by layer", 12, one_at_a_time=True, text_by_layer=True, vae_frames=2),
     Tier("one model at a time, T5 by layer, single rows", 8, one_at_a_time=True, text_by_layer=True, rows=1),
     Tier("streamed", 6, text_by_layer=True, unets_by_block=True, rows=1),
 )
 # Where the device computes in the computer's own memory (CPU, Apple), to move a model out would free nothing.
-IN_PLACE = Tier("in place", 36)
+IN_PLACE = Tier("in place", 36, prompts=2)
 
 
 def choose(cascade: Cascade, device: torch.device, weights: int, memory: str | None = None) -> Tier:
@@ -87,8 +87,8 @@ def choose(cascade: Cascade, device: torch.device, weights: int, memory: str | N
     )
 
 
-def place(pipeline: "Show1Pipeline", tier: Tier, device: torch.device) -> list["UserCpuOffloadHook"]:
-    """Put the models where the tier wants them; return the hooks of those that come and go."""
+def place(pipeline: "Show1Pipeline", tier: Tier, device: torch.device) -> None:
+    """Put the models where the tier wants them; the pipeline gets the hooks of those that come and go."""
     from accelerate import cpu_offload_with_hook  # takes seconds, which the doctor does not have
     from diffusers.hooks import apply_group_offloading
 
@@ -102,6 +102,9 @@ def place(pipeline: "Show1Pipeline", tier: Tier, device: torch.device) -> list["
     text_encoder = pipeline.keyframes.text_encoder
     unets = [pipeline.keyframes.unet, pipeline.interpolation.unet]  # in the order in which they work
     unets += [pipeline.pixel_upscale.first_frame_unet, pipeline.pixel_upscale.unet, pipeline.latent_upscale.unet]
+    if device.type != "mps":  # whose kernels know one layout
+        for model in (*unets, pipeline.latent_upscale.vae):
+            channels_last(model)
     coming_and_going = ([] if tier.text_by_layer else [text_encoder]) + unets if tier.one_at_a_time else []
     where = {"onload_device": device, "offload_device": torch.device("cpu")}
     streamed = []
@@ -133,7 +136,7 @@ def place(pipeline: "Show1Pipeline", tier: Tier, device: torch.device) -> list["
     if device.type == "cuda" and not elsewhere:  # a graph knows its weights by their addresses: they must stay
         for unet in unets:
             unet.forward = Graphed(unet.forward)
-    return hooks
+    pipeline.offload_hooks, pipeline.prompts_at_once = hooks, tier.prompts
 
 
 def weight_bytes(cascade: Cascade, folders: Mapping[str, Path], dtype: torch.dtype) -> int:

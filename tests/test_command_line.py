@@ -51,6 +51,18 @@ def test_a_prompt_becomes_a_video(tiny_cascade, tmp_path):
     assert imageio_ffmpeg.count_frames_and_secs(str(out))[0] == 29
 
 
+def test_several_prompts_in_one_go(one_step_cascade, tmp_path):
+    settings = ["--cascade", one_step_cascade, "--seed", 3, "--device", "cpu"]
+    done = show_1("a cat", "--also", "a dog", "--also", "a cat", *settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    files = [Path(line.removeprefix("Video: ")) for line in done.stdout.splitlines() if line.startswith("Video: ")]
+    assert [file.name for file in files] == ["a-cat-3.mp4", "a-dog-3.mp4", "a-cat-3-2.mp4"]
+    assert [video.read_metadata(tmp_path / file)["prompt"] for file in files] == ["a cat", "a dog", "a cat"]
+    done = show_1("a cat", "--also", "a dog", "--out", "cat.mp4", *settings, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "there are 2 prompts" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_mini_makes_its_first_video_in_a_minute(tmp_path):
     start = time.monotonic()
     done = show_1("a panda jumping in the snow", "--cascade", "mini", "--device", "cpu", "--seed", 1, cwd=tmp_path)

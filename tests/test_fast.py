@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,6 +135,7 @@ def test_measures_one_by_one():
         (["--cascade", "mini", "--rounds", "0"], "--rounds 1"),
         (["--cascade", "mini", "--measures"], "has no measures"),
         (["--cascade", "mini", "--device", "cpu", "--memory", "lots"], "memory cannot be 'lots'"),
+        (["--cascade", "mini", "--device", "cpu", "--json", "nowhere/found.json"], "nowhere"),
     ],
 )
 def test_bad_input(monkeypatch, capsys, arguments, words):
@@ -147,6 +149,23 @@ def test_an_interrupted_benchmark_keeps_its_finished_rounds():
     assert (found["ratio"], found["rounds"], found["stages"]["keyframes"]["tflops"]) == (2.0, 3, 3.0)
     with pytest.raises(Show1Error, match="No round"):
         benchmark.summary([], [], ["keyframes"], {}, {})
+
+
+def test_an_interrupted_benchmark_keeps_its_finished_measures(monkeypatch):
+    made = iter([torch.zeros(2), torch.ones(2)])
+
+    def whole_video(ours):
+        clip = next(made, None)
+        if clip is None:
+            raise KeyboardInterrupt
+        return clip
+
+    monkeypatch.setattr(benchmark, "whole_video", whole_video)
+    fast, exact = Cascade.load("show-1-fast"), Cascade.load("show-1")
+    ours, clock = SimpleNamespace(pipeline=SimpleNamespace()), benchmark.Clock(torch.device("cpu"))
+    rows = benchmark.measure_by_measure(fast, exact, ours, clock, rounds=1, warmups=0)
+    assert list(rows) == ["exact", "steps"]
+    assert rows["exact"]["speed"] == 1 and round(rows["steps"]["psnr_db"], 1) == 6.0  # half of the range off
 
 
 def test_random_weights_are_those_of_the_released_size():

@@ -1,5 +1,6 @@
 """The video UNet against the released configurations, and against itself in another precision."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 from diffusers.models.resnet import TemporalConvLayer
 from safetensors.torch import load_file, save_file
 
-from show_1.models import UNet3DConditionModel, frame_multiple
+from show_1.models import UNet3DConditionModel, channels_last, frame_multiple
+from show_1.models.channels_last import GroupNorm
 from show_1.models.unet_3d_condition import TemporalConv
 from tests import tiny
 
@@ -102,6 +104,40 @@ def test_temporal_convolution_is_diffusers():
     hidden_states = torch.randn(2 * 5, 32, 3, 4, dtype=torch.float64)
     expected = TemporalConvLayer.forward(layer, hidden_states, num_frames=5)
     assert (layer(hidden_states, num_frames=5) - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_channels_last_changes_nothing_but_the_layout(family):
+    """Forwards and backwards, small maps and large; the weights keep their names and values."""
+    unet = _unet(family).double()
+    quick = channels_last(copy.deepcopy(unet))
+    assert quick.state_dict().keys() == unet.state_dict().keys()
+    assert any(type(module) is GroupNorm for module in quick.modules())
+    inputs = _inputs(unet, torch.float64)
+    made = [model(**inputs).sample for model in (unet, quick)]
+    assert (made[0] - made[1]).abs().max() < 1e-10
+    for sample in made:
+        sample.square().mean().backward()
+    for name, parameter in unet.named_parameters():
+        if parameter.grad is not None:
+            assert (parameter.grad - quick.get_parameter(name).grad).abs().max() < 1e-10, name
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 3, 4), (1, 64, 40, 40), (3, 32, 1, 1)])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_group_norm_is_pytorchs(shape, offset):
+    torch.manual_seed(0)
+    norm = GroupNorm(8, shape[1]).double()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = (torch.randn(shape, dtype=torch.float64) + offset).to(memory_format=torch.channels_last)
+    expected = torch.nn.GroupNorm.forward(norm, x.contiguous())
+    assert (norm(x) - expected).abs().max() < 1e-7
+    with torch.no_grad():
+        assert (norm(x) - expected).abs().max() < 1e-7
+    assert norm(x).is_contiguous(memory_format=torch.channels_last)
+    constant = torch.full(shape, 1e4).to(memory_format=torch.channels_last)
+    assert norm.float()(constant).isfinite().all()  # rounding must not make the variance negative
 
 
 def test_strict_loading(tmp_path):

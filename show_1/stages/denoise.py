@@ -29,6 +29,9 @@ class Step:
 class Stage(DiffusionPipeline):
     """A part of the cascade: a diffusers pipeline whose `stream` yields its steps and returns its clip.
 
+    Several prompts run as one batch: texts, clips and seeds of several, one a row, give clips of as many. Each draws
+    from generators of its own, so it gets the numbers, to rounding, that it would get alone.
+
     `rows` bounds the memory of a call of its UNet: it is given at most that many clips at once (a clip counts twice
     under guidance), None for all. The numbers are the same.
     """
@@ -42,9 +45,18 @@ class Stage(DiffusionPipeline):
         """Run `stream` to its end and return its clip."""
         return finish(self.stream(*args, **kwargs))
 
-    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-        """Draw standard normal noise on the CPU in the model's dtype, so that every device sees the same."""
-        return torch.randn(shape, generator=generator, dtype=self.dtype).to(self._execution_device)
+    def noise(self, shape: tuple[int, ...], generators: list[torch.Generator]) -> torch.Tensor:
+        """Draw standard normal noise, (generators, *shape), each row from its own generator.
+
+        It is drawn on the CPU in the model's dtype, so that every device sees the same.
+        """
+        rows = [torch.randn((1, *shape), generator=generator, dtype=self.dtype) for generator in generators]
+        return torch.cat(rows).to(self._execution_device)
+
+
+def seeded(seed: int | Sequence[int]) -> list[torch.Generator]:
+    """Return a fresh generator for each seed."""
+    return [torch.Generator().manual_seed(one) for one in ([seed] if isinstance(seed, int) else seed)]
 
 
 def finish(stream: Generator[Step, None, torch.Tensor]) -> torch.Tensor:
@@ -79,7 +91,7 @@ def denoise(
     timesteps: torch.Tensor | None = None,
     condition: torch.Tensor | None = None,
     noise_level: int | None = None,
-    generator: torch.Generator | None = None,
+    generators: Sequence[torch.Generator] = (),
     guidance_interval: Sequence[int] | None = None,
     reuse: int | None = None,
     rows: int | None = None,
@@ -88,19 +100,22 @@ def denoise(
 
     `sample` is (batch, channels, frames, height, width), or (batch, channels, height, width) for an image model;
     `condition` is set behind its channels before each call; `scheduler` comes from `prepare` and walks `timesteps`, by
-    default all of its own. `guidance` is the scale of classifier-free guidance (Ho and Salimans, arXiv 2207.12598): 1
-    means none and costs half. `rows` is as in `Stage`.
+    default all of its own. In half precision only the UNet is: sample and scheduler, and so what is returned, are in
+    float32. `guidance` is the scale of classifier-free guidance (Ho and Salimans, arXiv 2207.12598): 1
+    means none and costs half. `rows` is as in `Stage`. Where `text` is of several prompts, each has as many rows of
+    `sample`, in their order, and a generator in `generators` for what its scheduler draws.
 
     Two measures trade exactness for speed: guidance only at the timesteps from the first to the second of
     `guidance_interval` (arXiv 2404.07724); the UNet's deep features computed at every `reuse`-th step only and reused
     in between (DeepCache, arXiv 2312.00858).
     """
+    sample = sample.to(torch.promote_types(sample.dtype, torch.float32))
     batch, channels = sample.shape[:2]
+    prompts = len(text.prompt)
+    schedulers = [scheduler, *(copy.deepcopy(scheduler) for _ in range(1, prompts))]  # one a prompt: they remember
     predict = Prediction(unet, text, batch, noise_level, reuse, rows)
     learns_variance = scheduler.config.get("variance_type") in ("learned", "learned_range")
-    extra: dict[str, Any] = (
-        {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    )
+    draws = "generator" in inspect.signature(scheduler.step).parameters
     timesteps = scheduler.timesteps if timesteps is None else timesteps
     low, high = guidance_interval or (0, math.inf)
     guided_steps = [guidance > 1 and low <= timestep <= high for timestep in timesteps.tolist()]
@@ -109,7 +124,7 @@ def denoise(
         model_input = scheduler.scale_model_input(sample, timestep)
         if condition is not None:
             model_input = torch.cat([model_input, condition], dim=1)
-        prediction = predict(model_input, timestep, guided)
+        prediction = predict(model_input.to(unet.dtype), timestep, guided).to(sample.dtype)
         noise, variance = prediction[:, :channels], prediction[:, channels:]
         if guided:
             negative, positive = noise.chunk(2)
@@ -117,10 +132,15 @@ def denoise(
             variance = variance[batch:]
         if learns_variance:
             noise = torch.cat([noise, variance], dim=1)
-        # Frames are images to the scheduler: dynamic thresholding looks at each by itself.
-        result = scheduler.step(_fold(noise), timestep, _fold(sample), **extra)
-        sample = _unfold(result.prev_sample, sample.shape)
-        yield Step(sample, _unfold(_clean_estimate(scheduler, result), sample.shape))
+        steps = []
+        for n, (own_noise, own_sample) in enumerate(zip(noise.chunk(prompts), sample.chunk(prompts), strict=True)):
+            # Frames are images to the scheduler: dynamic thresholding looks at each by itself.
+            extra = {"generator": generators[n]} if draws and generators else {}
+            result = schedulers[n].step(fold(own_noise), timestep, fold(own_sample), **extra)
+            clean = _clean_estimate(schedulers[n], result)
+            steps.append([unfold(frames, own_sample.shape) for frames in (result.prev_sample, clean)])
+        sample, clean = (torch.cat(clips) if prompts > 1 else clips[0] for clips in zip(*steps, strict=True))
+        yield Step(sample, clean)
     return sample
 
 
@@ -137,7 +157,11 @@ class Prediction:
         rows: int | None,
     ):
         self.unet, self.reuse, self.rows, self.noise_level = unet, reuse or 1, rows, noise_level
-        prompts = [states.expand(batch, -1, -1) for states in (text.negative, text.prompt)]
+        # Of a single prompt's states this repeats no memory, only what is seen.
+        prompts = [
+            states.expand(batch, -1, -1) if len(states) == 1 else states.repeat_interleave(batch // len(states), dim=0)
+            for states in (text.negative, text.prompt)
+        ]
         self.states = {False: prompts[1], True: torch.cat(prompts)}
         self.deep: list[torch.Tensor | None] = []  # of each part of the batch
         self.age = 0  # of the deep features, in steps
@@ -169,11 +193,13 @@ class Prediction:
         return predictions[0] if len(predictions) == 1 else torch.cat(predictions)
 
 
-def _fold(clip: torch.Tensor) -> torch.Tensor:
+def fold(clip: torch.Tensor) -> torch.Tensor:
+    """Return the frames of (batch, channels, frames, height, width) as images; images as they are."""
     return clip.transpose(1, 2).flatten(0, 1) if clip.ndim == 5 else clip
 
 
-def _unfold(frames: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def unfold(frames: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return folded frames as clips of as many frames as `shape` has."""
     return frames.unflatten(0, (shape[0], shape[2])).transpose(1, 2) if len(shape) == 5 else frames
 
 

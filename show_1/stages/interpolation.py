@@ -1,6 +1,6 @@
 """Stage 2: three new frames between each pair of neighbouring keyframes."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import SchedulerMixin
 
 from show_1.models import UNet3DConditionModel
-from show_1.stages.denoise import Stage, Step, denoise, prepare
+from show_1.stages.denoise import Stage, Step, denoise, prepare, seeded
 from show_1.text import TextEmbeddings
 
 SEGMENT = 5  # frames from keyframe to keyframe, both counted
@@ -31,36 +31,37 @@ class InterpolationPipeline(Stage):
         *,
         steps: int,
         guidance: float,
-        seed: int,
+        seed: int | Sequence[int],
         **measures: Any,
     ) -> Generator[Step, None, torch.Tensor]:
-        """Yield `steps` steps; return (1, 3, 4·(n − 1) + 1, height, width) in [−1, 1] for n keyframes.
+        """Yield `steps` steps; return (prompts, 3, 4·(n − 1) + 1, height, width) in [−1, 1].
 
-        The segments share their noise and nothing else, so they run as one batch; a step's sample holds one a row.
+        `keyframes` is (prompts, 3, n, height, width) in [−1, 1]. The segments of a prompt share their noise and
+        nothing else, so they run as one batch; a step's sample holds one a row.
         """
         scheduler = prepare(self.scheduler, steps, self._execution_device)
-        generator = torch.Generator().manual_seed(seed)
-        pairs = torch.cat([keyframes[:, :, i : i + 2] for i in range(keyframes.shape[2] - 1)])
+        generators = seeded(seed)
+        pairs = torch.stack([keyframes[:, :, i : i + 2] for i in range(keyframes.shape[2] - 1)], dim=1).flatten(0, 1)
         size = (SEGMENT, *keyframes.shape[-2:])
         between = F.interpolate(pairs, size=size, mode="trilinear", align_corners=True)
         mask = torch.zeros_like(between[:, :1])
         mask[:, :, [0, -1]] = 1  # these frames are given
-        sample = self.noise((1, 3, *size), generator).expand(len(pairs), -1, -1, -1, -1) * scheduler.init_noise_sigma
+        noise = self.noise((3, *size), generators).repeat_interleave(keyframes.shape[2] - 1, dim=0)
         segments = yield from denoise(
             self.unet,
             scheduler,
-            sample,
+            noise * scheduler.init_noise_sigma,
             text,
             guidance,
             condition=torch.cat([between, mask], dim=1),
-            generator=generator,
+            generators=generators,
             rows=self.rows,
             **measures,
         )
-        return self.join(segments)
+        return self.join(segments, clips=len(keyframes))
 
     @staticmethod
-    def join(segments: torch.Tensor) -> torch.Tensor:
-        """Return (segments, 3, 5, height, width) as one clip; an inner keyframe is its own segment's."""
-        starts = segments[:, :, :-1].transpose(0, 1).flatten(1, 2)
-        return torch.cat([starts, segments[-1, :, -1:]], dim=1)[None]
+    def join(segments: torch.Tensor, clips: int = 1) -> torch.Tensor:
+        """Return (clips·segments, 3, 5, height, width) as clips; an inner keyframe is of the segment that it starts."""
+        by_clip = segments.unflatten(0, (clips, -1)).transpose(1, 2)
+        return torch.cat([by_clip[:, :, :, :-1].flatten(2, 3), by_clip[:, :, -1, -1:]], dim=2)

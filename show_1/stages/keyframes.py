@@ -1,6 +1,6 @@
 """Stage 1: text to a few keyframes, far apart in time."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from diffusers import SchedulerMixin
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from show_1.models import UNet3DConditionModel
-from show_1.stages.denoise import Stage, Step, denoise, prepare
+from show_1.stages.denoise import Stage, Step, denoise, prepare, seeded
 from show_1.text import TextEmbeddings, encode_t5
 
 
@@ -27,9 +27,9 @@ class KeyframesPipeline(Stage):
         super().__init__()
         self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder, unet=unet, scheduler=scheduler)
 
-    def encode(self, prompt: str) -> TextEmbeddings:
-        """Return the prompt's T5 states, (1, 77, features), and those of the empty negative prompt."""
-        return encode_t5(self.tokenizer, self.text_encoder, prompt, self._execution_device)
+    def encode(self, prompts: str | Sequence[str]) -> TextEmbeddings:
+        """Return the prompts' T5 states, (prompts, 77, features), and those of the empty negative prompt."""
+        return encode_t5(self.tokenizer, self.text_encoder, prompts, self._execution_device)
 
     @torch.no_grad()
     def stream(
@@ -41,18 +41,18 @@ class KeyframesPipeline(Stage):
         width: int,
         steps: int,
         guidance: float,
-        seed: int,
+        seed: int | Sequence[int],
         **measures: Any,
     ) -> Generator[Step, None, torch.Tensor]:
-        """Yield `steps` steps; return the keyframes, (1, 3, frames, height, width) in [−1, 1].
+        """Yield `steps` steps; return the keyframes, (prompts, 3, frames, height, width) in [−1, 1].
 
         `measures` are those of `denoise` that trade exactness for speed, as in all stages.
         """
         scheduler = prepare(self.scheduler, steps, self._execution_device)
-        generator = torch.Generator().manual_seed(seed)
-        sample = self.noise((1, 3, frames, height, width), generator) * scheduler.init_noise_sigma
+        generators = seeded(seed)
+        sample = self.noise((3, frames, height, width), generators) * scheduler.init_noise_sigma
         return (
             yield from denoise(
-                self.unet, scheduler, sample, text, guidance, generator=generator, rows=self.rows, **measures
+                self.unet, scheduler, sample, text, guidance, generators=generators, rows=self.rows, **measures
             )
         )

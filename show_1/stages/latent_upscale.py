@@ -1,6 +1,6 @@
 """Stage 4: to the final size, in the latent space of an autoencoder."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 from show_1.models import UNet3DConditionModel
-from show_1.stages.denoise import Stage, Step, denoise, prepare
+from show_1.stages.denoise import Stage, Step, denoise, fold, prepare, seeded, unfold
 from show_1.text import TextEmbeddings, encode_clip
 from show_1.video import from_uint8, to_uint8
 
@@ -36,9 +36,9 @@ class LatentUpscalePipeline(Stage):
         super().__init__()
         self.register_modules(tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, unet=unet, scheduler=scheduler)
 
-    def encode(self, prompt: str, negative_prompt: str) -> TextEmbeddings:
-        """Return the CLIP states of both prompts, (1, 77, features) each."""
-        return encode_clip(self.tokenizer, self.text_encoder, prompt, negative_prompt, self._execution_device)
+    def encode(self, prompts: str | Sequence[str], negative_prompt: str) -> TextEmbeddings:
+        """Return the CLIP states of the prompts, (prompts, 77, features), and of the negative prompt."""
+        return encode_clip(self.tokenizer, self.text_encoder, prompts, negative_prompt, self._execution_device)
 
     @torch.no_grad()
     def stream(
@@ -51,21 +51,22 @@ class LatentUpscalePipeline(Stage):
         steps: int,
         strength: float,
         guidance: float,
-        seed: int,
+        seed: int | Sequence[int],
         **measures: Any,
     ) -> Generator[Step, None, torch.Tensor]:
-        """Yield the last `int(steps · strength)` steps; return (1, 3, frames, height, width), about [−1, 1].
+        """Yield the last `int(steps · strength)` steps; return (prompts, 3, frames, height, width), about [−1, 1].
 
-        `clip` is (1, 3, frames, any height, any width) in [−1, 1]. A step's sample is in latents,
-        (1, 4, frames, height / 8, width / 8); `decode` shows it.
+        `clip` is (prompts, 3, frames, any height, any width) in [−1, 1]. A step's sample is in latents,
+        (prompts, 4, frames, height / 8, width / 8); `decode` shows it.
         """
         scheduler = prepare(self.scheduler, steps, self._execution_device)
         timesteps = scheduler.timesteps[-int(steps * strength) :]
-        generator = torch.Generator().manual_seed(seed)
-        latents = self._encode_frames(_resize(clip, height, width), generator)
-        noise = self.noise(latents.shape, generator)
-        latents = scheduler.add_noise(latents, noise, timesteps[:1])
-        sample = latents.transpose(0, 1)[None]
+        generators, noisy = seeded(seed), []
+        for one, generator in zip(clip, generators, strict=True):
+            latents = self._encode_frames(_resize(one[None], height, width), generator)
+            noise = self.noise(latents.shape, [generator])[0]
+            noisy.append(scheduler.add_noise(latents, noise, timesteps[:1]))
+        sample = torch.stack(noisy).transpose(1, 2)
         latents = yield from denoise(
             self.unet,
             scheduler,
@@ -73,7 +74,7 @@ class LatentUpscalePipeline(Stage):
             text,
             guidance,
             timesteps=timesteps,
-            generator=generator,
+            generators=generators,
             rows=self.rows,
             **measures,
         )
@@ -87,10 +88,10 @@ class LatentUpscalePipeline(Stage):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return the frames of (1, channels, frames, height, width) latents, (1, 3, frames, ...), about [−1, 1]."""
-        frames = latents[0].transpose(0, 1) / self.vae.config.scaling_factor
+        """Return (batch, 3, frames, ...), about [−1, 1], of (batch, channels, frames, height, width) latents."""
+        frames = fold(latents).to(self.dtype) / self.vae.config.scaling_factor
         decoded = [self.vae.decode(part).sample for part in frames.split(self.vae_frames)]
-        return torch.cat(decoded).transpose(0, 1)[None]
+        return unfold(torch.cat(decoded), latents.shape)
 
 
 def _resize(clip: torch.Tensor, height: int, width: int) -> torch.Tensor:

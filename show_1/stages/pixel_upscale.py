@@ -1,6 +1,6 @@
 """Stage 3: four times the size in pixels, from a sharp first frame on."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import SchedulerMixin, UNet2DConditionModel
 
 from show_1.models import UNet3DConditionModel
-from show_1.stages.denoise import Stage, Step, denoise, prepare
+from show_1.stages.denoise import Stage, Step, denoise, fold, prepare, seeded, unfold
 from show_1.text import TextEmbeddings
 
 SCALE = 4
@@ -57,16 +57,16 @@ class PixelUpscalePipeline(Stage):
         steps: int,
         guidance: float,
         noise_level: int,
-        seed: int,
+        seed: int | Sequence[int],
         schedule: str | None = None,
         **measures: Any,
     ) -> Generator[Step, None, torch.Tensor]:
-        """Yield `steps` steps; return the (1, 3, height, width) `image` enlarged, (1, 3, 4·height, 4·width)."""
+        """Yield `steps` steps; return (prompts, 3, 4·height, 4·width) of `image`, (prompts, 3, height, width)."""
         scheduler = prepare(self.first_frame_scheduler, steps, self._execution_device, schedule)
-        generator = torch.Generator().manual_seed(seed)
+        generators = seeded(seed)
         enlarged = _enlarge(image)
-        sample = self.noise(enlarged.shape, generator) * scheduler.init_noise_sigma
-        noise = self.noise(enlarged.shape, generator)
+        sample = self.noise(enlarged.shape[1:], generators) * scheduler.init_noise_sigma
+        noise = self.noise(enlarged.shape[1:], generators)
         condition = _add_noise(self.first_frame_image_noising_scheduler, enlarged, noise, noise_level)
         return (
             yield from denoise(
@@ -77,7 +77,7 @@ class PixelUpscalePipeline(Stage):
                 guidance,
                 condition=condition,
                 noise_level=noise_level,
-                generator=generator,
+                generators=generators,
                 rows=self.rows,
                 **measures,
             )
@@ -93,21 +93,21 @@ class PixelUpscalePipeline(Stage):
         steps: int,
         guidance: float,
         noise_level: int,
-        seed: int,
+        seed: int | Sequence[int],
         **measures: Any,
     ) -> Generator[Step, None, torch.Tensor]:
-        """Yield `steps` steps a window; return (1, 3, frames, 4·height, 4·width) in [−1, 1].
+        """Yield `steps` steps a window; return (prompts, 3, frames, 4·height, 4·width) in [−1, 1].
 
-        `clip` is (1, 3, frames, height, width) and `first_frame` (1, 3, 4·height, 4·width), both in [−1, 1].
+        `clip` is (prompts, 3, frames, height, width) and `first_frame` (prompts, 3, 4·height, 4·width), in [−1, 1].
         """
         windows, lead = [], first_frame
         for start in window_starts(clip.shape[2]):
             scheduler = prepare(self.scheduler, steps, self._execution_device)
-            generator = torch.Generator().manual_seed(seed)  # every window draws the same noise
-            window = clip[0, :, start : start + WINDOW].transpose(0, 1)
-            enlarged = _enlarge(window).transpose(0, 1)[None]
-            sample = self.noise(enlarged.shape, generator) * scheduler.init_noise_sigma
-            noise = self.noise(enlarged.shape, generator)
+            generators = seeded(seed)  # every window draws the same noise
+            window = clip[:, :, start : start + WINDOW]
+            enlarged = unfold(_enlarge(fold(window)), window.shape)
+            sample = self.noise(enlarged.shape[1:], generators) * scheduler.init_noise_sigma
+            noise = self.noise(enlarged.shape[1:], generators)
             condition = _add_noise(self.image_noising_scheduler, enlarged, noise, noise_level)
             condition[:, :, 0] = lead
             upscaled = yield from denoise(
@@ -118,7 +118,7 @@ class PixelUpscalePipeline(Stage):
                 guidance,
                 condition=condition,
                 noise_level=noise_level,
-                generator=generator,
+                generators=generators,
                 rows=self.rows,
                 **measures,
             )
