@@ -17,7 +17,6 @@ from show_1 import hub
 from show_1.cascade import STAGES, Cascade
 from show_1.errors import Show1Error
 from show_1.graphs import Graphed
-from show_1.models import channels_last
 
 if TYPE_CHECKING:
     from show_1.pipeline import Show1Pipeline
@@ -89,8 +88,10 @@ def choose(cascade: Cascade, device: torch.device, weights: int, memory: str | N
 
 def place(pipeline: "Show1Pipeline", tier: Tier, device: torch.device) -> None:
     """Put the models where the tier wants them; the pipeline gets the hooks of those that come and go."""
-    from accelerate import cpu_offload_with_hook  # takes seconds, which the doctor does not have
+    from accelerate import cpu_offload_with_hook  # these take seconds, which the doctor does not have
     from diffusers.hooks import apply_group_offloading
+
+    from show_1.models import channels_last
 
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())  # as the hooks will see it
