@@ -4,8 +4,9 @@ import math
 import platform
 import secrets
 import time
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,16 @@ class StageStart:
 
 @dataclass(frozen=True)
 class StepDone:
-    """Step number `step` of `steps` is done; `preview` is (frames, height, width, 3) uint8 where it was asked for."""
+    """Step number `step` of `steps` is done.
+
+    `preview()`, to be asked before the next step, draws the stage's present estimate of its result (of the latent
+    upscale's, one frame): (frames, height, width, 3) uint8.
+    """
 
     stage: str
     step: int
     steps: int
-    preview: np.ndarray | None
+    preview: Callable[[], np.ndarray] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -118,13 +123,15 @@ class Show1Pipeline:
         models: str | Path | None = None,
         offline: bool = False,
         report: hub.Report | None = None,
+        on_load: Callable[[int], None] | None = None,
     ) -> "Show1Pipeline":
         """Load a cascade: a bundled name, a TOML file, or one read already; what is not here is fetched from the hub.
 
         By default that is `show-1` in float16 on the CUDA device where there is one, else `mini` in float32 on the CPU.
         `dtype` is that of all models and all noise. What sits on the device follows from its free memory, or from
         `memory` ("12GB"). `models`, `offline` and `report` are those of `hub.fetch`: a folder to take the models from,
-        no network, and what to call with the fetching's Progress.
+        no network, and what to call with the fetching's Progress. `on_load` is called once, when all is here and the
+        loading begins, with the bytes of the weights.
 
         Raises Show1Error for a cascade, model, device, dtype or memory that will not do.
         """
@@ -135,7 +142,10 @@ class Show1Pipeline:
         if not isinstance(cascade, Cascade):
             cascade = Cascade.load(cascade or default_cascade(device))
         folders = hub.fetch(cascade, models=models, offline=offline, report=report)
-        tier = placement.choose(cascade, device, placement.weight_bytes(cascade, folders, dtype), memory)
+        weights = placement.weight_bytes(cascade, folders, dtype)
+        tier = placement.choose(cascade, device, weights, memory)
+        if on_load is not None:
+            on_load(weights)
         stages = loading.load_stages(cascade, folders, dtype)
         pipeline = cls(cascade, *stages)
         pipeline.weights = loading.fingerprint(stages)
@@ -153,22 +163,19 @@ class Show1Pipeline:
         *_, result = self.stream(prompt, seed=seed, path=path)
         return result
 
-    def stream(
-        self, prompt: str, *, seed: int | None = None, path: str | Path | None = None, previews: bool = False
-    ) -> Iterator[Event]:
+    def stream(self, prompt: str, *, seed: int | None = None, path: str | Path | None = None) -> Iterator[Event]:
         """Yield what happens as it happens: stage starts, steps, each stage's clip, at last the Video.
 
         To cancel, stop asking: nothing has been written until the Video comes. The same prompt, seed and cascade give
-        the same frames on the same device and dtype; without a seed one is drawn, and told in the settings. With
-        `previews` each step carries the stage's present estimate of its result (of the latent upscale's, one frame).
+        the same frames on the same device and dtype; without a seed one is drawn, and told in the settings.
 
         Raises Show1Error at once for a blank prompt, a seed beyond 0…2^53 − 1, or a path that cannot be written to.
         """
         check_request(prompt, seed, path)
         seed = draw_seed() if seed is None else seed
-        return self._stream(prompt, seed, path, previews)
+        return self._stream(prompt, seed, path)
 
-    def _stream(self, prompt: str, seed: int, path: str | Path | None, previews: bool) -> Iterator[Event]:
+    def _stream(self, prompt: str, seed: int, path: str | Path | None) -> Iterator[Event]:
         started = time.monotonic()
         yield from self._notices(prompt)
         cascade = self.cascade
@@ -182,7 +189,7 @@ class Show1Pipeline:
             yield StageStart(stage, steps)
             for number in range(1, steps + 1):
                 step = next(stream)
-                yield StepDone(stage, number, steps, self._preview(stage, step) if previews else None)
+                yield StepDone(stage, number, steps, partial(self._preview, stage, step))
             try:
                 next(stream)
             except StopIteration as end:
