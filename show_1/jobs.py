@@ -280,23 +280,26 @@ class Jobs:
         return self.place(job) / job.file if there and (self.place(job) / job.file).is_file() else None
 
     def engine_of(self, job: Job) -> Engine:
-        return self._line(job).engine
+        return self.engine_for(job.preset)
+
+    def engine_for(self, preset: str) -> Engine:
+        return self._line(preset).engine
 
     def ahead(self, job: Job) -> list[Job]:
         """Return the jobs that come before a waiting one, the running one first."""
-        line = self._line(job)
+        line = self._line(job.preset)
         queue = self._queue(line)
         waiting = queue[: queue.index(job)] if job in queue else []
         return [*([line.running] if line.running else []), *waiting]
 
     def wait(self, job: Job) -> float | None:
         """Return the seconds until a waiting job begins, as far as that can be told."""
-        return self._total(self._line(job), self.ahead(job))
+        return self._total(self._line(job.preset), self.ahead(job))
 
     def left(self, job: Job) -> float | None:
         """Return the seconds until a job is done, as far as that can be told."""
         if job.state == WAITING:
-            return self._total(self._line(job), [*self.ahead(job), job])
+            return self._total(self._line(job.preset), [*self.ahead(job), job])
         return job.forecast.left(time.monotonic()) if job.forecast else None
 
     def share(self, job: Job) -> float:
@@ -489,17 +492,17 @@ class Jobs:
 
     # ----------------------------------------------------------------------------------------------------- the record
 
-    def _line(self, job: Job) -> Line:
-        return next((line for line in self._lines if job.preset in line.engine.presets), self._lines[0])
+    def _line(self, preset: str) -> Line:
+        return next((line for line in self._lines if preset in line.engine.presets), self._lines[0])
 
     def _queue(self, line: Line) -> list[Job]:
-        waiting = [job for job in list(self._jobs.values()) if job.state == WAITING and self._line(job) is line]
+        waiting = [job for job in list(self._jobs.values()) if job.state == WAITING and self._line(job.preset) is line]
         return sorted(waiting, key=lambda job: (job.turn, job.created))
 
     def _give_turn(self, job: Job) -> None:
         """Take fair turns: a visitor's next job stands behind the first one of everybody who is here."""
-        line = self._line(job)
-        others = [other for other in self._jobs.values() if not other.ended and self._line(other) is line]
+        line = self._line(job.preset)
+        others = [other for other in self._jobs.values() if not other.ended and self._line(other.preset) is line]
         job.turn = max([line.turn, *(other.turn + 1 for other in others if other.visitor == job.visitor)])
 
     def _total(self, line: Line, jobs: list[Job]) -> float | None:

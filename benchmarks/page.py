@@ -1,0 +1,181 @@
+"""What the page costs: against the command, until it can be used, from a cancel to the next job, and its time left.
+
+`python -m benchmarks.page` needs requirements-dev.txt, Chromium, and a computer with nothing else to do.
+"""
+
+import argparse
+import json
+import multiprocessing
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from gradio_client import Client
+from playwright.sync_api import Browser, Page, sync_playwright
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "a panda jumping in the snow"
+PATIENCE = 3600  # seconds; a guard against hanging
+QUARTERS = (0.25, 0.5, 0.75)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description=__doc__.splitlines()[0])
+    parser.add_argument("--cascade", default="mini")
+    parser.add_argument("--rounds", type=int, default=5, help="videos each way, and time-left runs; default: 5")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="keep the figures there")
+    arguments = parser.parse_args()
+
+    figures: dict[str, Any] = {"cascade": arguments.cascade}
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        with tempfile.TemporaryDirectory() as folder, serve(arguments.cascade, Path(folder)) as url:
+            figures["usable_seconds"] = until_usable(browser, url)
+            # Asked at once, while the models load: the very first run of this computer.
+            figures["time_left"] = [time_left(url)]
+            figures["time_left"] += [time_left(url) for _ in range(max(arguments.rounds - 1, 1))]
+            figures["cancel_to_next_step_seconds"] = cancel_to_next_step(url)
+            figures |= against_the_command(arguments.cascade, arguments.rounds, browser, url, Path(folder))
+        browser.close()
+
+    print(f"usable after the server answers: {figures['usable_seconds']:.2f} s")
+    print(f"from cancel to the next job's first step: {figures['cancel_to_next_step_seconds']:.2f} s")
+    print(f"a video by the command: {figures['command_seconds']:.2f} s, by the page: {figures['page_seconds']:.2f} s")
+    print(f"page to command: {figures['page_to_command']:.3f}")
+    print("time left told, against the true rest, at a quarter, half and three quarters of the way:")
+    for number, errors in enumerate(figures["time_left"], 1):
+        print(f"  run {number}: {', '.join('none' if e is None else f'{100 * e:+.0f} %' for e in errors)}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+@contextmanager
+def serve(cascade: str, folder: Path) -> Iterator[str]:
+    """Start the app with an empty output folder, yield its address once it answers, end it."""
+    command = [sys.executable, "-u", ROOT / "app.py", "--cascade", cascade, "--output-dir", folder, "--no-share"]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        yield next(found[0] for line in server.stdout if (found := re.search(r"http://127\S+", line)))
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def until_usable(browser: Browser, url: str) -> float:
+    """Return the seconds from the server's first answer until a prompt can be typed and the page says how it is."""
+    while not _answers(url):
+        time.sleep(0.02)
+    started = time.monotonic()
+    page = _open(browser, url)
+    page.get_by_label("Prompt", exact=True).fill("a")
+    seconds = time.monotonic() - started
+    page.close()
+    return seconds
+
+
+def time_left(url: str) -> list[float | None]:
+    """Ask for a video by the endpoint; return how far the time left was off at each of QUARTERS, as a share."""
+    told, started = [], time.monotonic()
+    job = Client(url, verbose=False).submit(PROMPT, api_name="/show-1")
+    for *_, status in job:
+        told.append((time.monotonic() - started, status["seconds_left"]))
+    total = time.monotonic() - started
+    errors = []
+    for quarter in QUARTERS:
+        at, rest = quarter * total, (1 - quarter) * total
+        when, left = [each for each in told if each[0] <= at][-1] if told[0][0] <= at else (0, None)
+        errors.append(None if left is None else (left - (at - when)) / rest - 1)
+    return errors
+
+
+def cancel_to_next_step(url: str) -> float:
+    """Return the seconds from a cancelled call until the next one in the queue has done a step."""
+    first, second = Client(url, verbose=False), Client(url, verbose=False)
+    long = first.submit(PROMPT, settings={"keyframes": {"steps": 900}}, api_name="/show-1")
+    _wait_for_step(long)
+    waiting = second.submit(PROMPT, api_name="/show-1")
+    while not waiting.outputs():
+        time.sleep(0.01)
+    started = time.monotonic()
+    long.cancel()
+    _wait_for_step(waiting)
+    seconds = time.monotonic() - started
+    waiting.result(PATIENCE)
+    return seconds
+
+
+def against_the_command(cascade: str, rounds: int, browser: Browser, url: str, folder: Path) -> dict[str, Any]:
+    """Make videos in turns by the command's engine and on the page, both warm, a browser looking on; medians."""
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    command = multiprocessing.get_context("spawn").Process(target=_command, args=(theirs, cascade), daemon=True)
+    command.start()
+    page = _open(browser, url)
+    ways: dict[str, list[float]] = {"command": [], "page": []}
+    for seed in range(rounds + 1):  # the first one warms up
+        ours.send((seed, str(folder / "command.mp4")))
+        ways["command"].append(ours.recv())
+        ways["page"].append(_on_the_page(page, seed, folder))
+    ours.send(None)
+    command.join()
+    medians = {f"{way}_seconds": statistics.median(seconds[1:]) for way, seconds in ways.items()}
+    return medians | {"page_to_command": medians["page_seconds"] / medians["command_seconds"], "rounds": ways}
+
+
+def _command(pipe: Connection, cascade: str) -> None:
+    """What `python -m show_1` does once its models are loaded, as often as it is asked."""
+    from show_1 import Show1Pipeline
+
+    pipeline = Show1Pipeline.from_cascade(cascade)
+    while request := pipe.recv():
+        started = time.monotonic()
+        pipeline(PROMPT, seed=request[0], path=request[1])
+        pipe.send(time.monotonic() - started)
+
+
+def _on_the_page(page: Page, seed: int, folder: Path) -> float:
+    """Ask for a video on the page, wait until it plays, return the seconds that the server took for it."""
+    page.get_by_label("Seed", exact=True).fill(str(seed))
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    before = page.url
+    page.get_by_label("Prompt", exact=True).press("Enter")
+    page.wait_for_function("before => location.href !== before", arg=before)
+    page.locator("#status").get_by_text("Done in").wait_for()
+    page.wait_for_function("() => document.querySelector('#screen video')?.currentTime > 0")
+    page.get_by_text("Download GIF").wait_for()  # what is done beside must not run into the other way's time
+    job = json.loads((folder / "jobs" / page.url.partition("?job=")[2] / "job.json").read_text())
+    return job["seconds"]
+
+
+def _open(browser: Browser, url: str) -> Page:
+    page = browser.new_page()
+    page.set_default_timeout(1000 * PATIENCE)
+    page.goto(url)
+    page.locator("#status [role=status]").get_by_text(re.compile(".")).wait_for()
+    return page
+
+
+def _wait_for_step(job) -> None:
+    while not any("step" in status["text"] and ", step 0" not in status["text"] for *_, status in job.outputs()):
+        time.sleep(0.01)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return urlopen(url).status == 200
+    except (URLError, ConnectionError):
+        return False
+
+
+if __name__ == "__main__":
+    main()
