@@ -93,7 +93,7 @@ def _serve(arguments: argparse.Namespace) -> None:
             f"**There is no public link: the tunnel could not be made.** The page works at {page.local_url} on the "
             "computer that runs it; for others, start it with `--server-name 0.0.0.0`, or forward the port."
         )
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # what stops a service ends it as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what stops a service ends it as Ctrl-C does
     try:
         page.block_thread()  # until Ctrl-C
     finally:

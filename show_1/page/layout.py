@@ -128,10 +128,10 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
                     # No gr.Number: it shows 0 where it has no value, and rounds. And no buttons of the box itself: they
                     # would be part of its name for a screen reader.
                     seed = gr.Textbox(
-                        label="Seed", placeholder="A new one each time", max_lines=1, scale=3, min_width=120
+                        label="Seed", placeholder="A new one each time", max_lines=1, scale=3, min_width=100
                     )
-                    random_seed = gr.Button("Random", size="sm", scale=1, min_width=70)
-                    same_seed = gr.Button("Reuse", size="sm", scale=1, min_width=70)
+                    random_seed = gr.Button("Random", size="sm", scale=1, min_width=60)
+                    same_seed = gr.Button("Reuse", size="sm", scale=1, min_width=60)
                 with gr.Accordion("Advanced", open=False):
                     fields = form.fields()
                 for box, text in zip(fields, form.placeholders(jobs.engine.cascade), strict=True):
