@@ -1,6 +1,9 @@
 """The page's layout and what its controls do."""
 
+import asyncio
+import math
 import secrets
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,9 @@ from show_1.page.api import add_endpoint
 from show_1.pipeline import draw_seed
 from show_1.replay import differences, here, read
 
-TICK = 0.5  # seconds between two looks at a job
+# The page looks at a job when there is news of it, or after a pause; TICK lies between a look and the next waiting.
+TICK, PAUSE, IDLE_PAUSE = 0.2, 0.5, 1.5
+TELL_ALL = 10  # seconds after which all is told anew, changed or not
 HERE = Path(__file__).parent
 FONTS = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # none from the web
 STYLE = {  # for `gr.Blocks.launch`
@@ -98,13 +103,25 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
         at_work = [job.id for job in jobs.of(visitor) if not job.ended]
         return visitor, "" if id else (at_work or [""])[-1], "\n\n".join(notes)
 
-    def look(id: str, visitor: str | None, seen: dict):
+    async def wait_for_news(id: str, seen: dict) -> None:
+        """Return when there is something to look at that should not wait, or after a while."""
+        job, started = jobs.get(id), time.monotonic()
+        patience = PAUSE if (job and not job.ended) or jobs.engine.preparation else IDLE_PAUSE
+        while seen.get("news") == (id, _news(job)) and time.monotonic() - started < patience:
+            await asyncio.sleep(0.05)
+
+    async def look(id: str, visitor: str | None, seen: dict):
         """Say what has changed since the last look; most of the page stays as it is."""
-        job = jobs.get(id)
+        job, now = jobs.get(id), time.monotonic()
         if job and not job.ended:
             jobs.watch(job)
         new = views.view(jobs, id, job, visitor or "")
-        return new, *(gr.skip() if seen.get(part) == new[part] else gr.update(**new[part]) for part in parts)
+        if now - seen.get("all_told", -math.inf) > TELL_ALL:
+            seen.clear()  # an answer may have been lost with the connection
+            seen["all_told"] = now
+        told = [gr.skip() if seen.get(part) == new[part] else gr.update(**new[part]) for part in parts]
+        seen |= new | {"news": (id, _news(job))}
+        return told
 
     with gr.Blocks(title="Show-1: text to video", delete_cache=(86_400, 86_400)) as page:
         _html(views.header(jobs.engine.cascade, jobs.engine.device), elem_id="header")
@@ -116,7 +133,7 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
             with gr.Column(scale=2, min_width=320, elem_id="form"):
                 prompt = gr.Textbox(
                     label="Prompt",
-                    placeholder="What should the video show?",
+                    placeholder="What should it show?",
                     max_lines=4,
                     autofocus=True,
                     elem_id="prompt",
@@ -182,11 +199,12 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
             "settings": settings,
             "gallery": gallery,
         }
-        on_look = {"inputs": [shown, visitor, seen], "outputs": [seen, *parts.values()], "js": WITH_JOB} | at_once
+        on_look = {"inputs": [shown, visitor, seen], "outputs": list(parts.values()), "js": WITH_JOB} | at_once
         page.load(enter, [shown, visitor], [visitor, new_job, banner], js=WITH_JOB, **at_once).then(
             None, new_job, js=GO_TO_JOB, **private
         ).then(look, **on_look)
-        gr.Timer(TICK).tick(look, **on_look)
+        # In two events, since what is an output of one that waits would be animated by Gradio all the while.
+        gr.Timer(TICK).tick(wait_for_news, [shown, seen], js=WITH_JOB, **at_once).then(look, **on_look)
         ways = [submit_button.click, prompt.submit, seed.submit, *(field.submit for field in fields)]
         for asked, act, inputs in (
             (ways, submit, [shown, visitor, prompt, seed, preset, *fields]),
@@ -212,6 +230,11 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
 
 def _html(value: str = "", **settings: Any) -> gr.HTML:
     return gr.HTML(value, apply_default_css=False, **settings)
+
+
+def _news(job: Job | None) -> tuple | None:
+    """Return what a visitor wants to hear of at once; steps and times are no news."""
+    return job and (job.state, job.stage, job.wish, len(job.clips), len(job.notices))
 
 
 def _new_visitor() -> str:

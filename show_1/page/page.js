@@ -42,10 +42,8 @@ const show1 = {
     },
 };
 
-document.addEventListener('DOMContentLoaded', () => {
-    new MutationObserver(show1.tell).observe(document.body, {
-        subtree: true, childList: true, attributes: true, attributeFilter: ['data-title', 'data-state'],
-    });
+new MutationObserver(show1.tell).observe(document.documentElement, {
+    subtree: true, childList: true, attributes: true, attributeFilter: ['data-title', 'data-state'],
 });
 document.addEventListener('click', event => {
     const { target } = event;
