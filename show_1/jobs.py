@@ -357,7 +357,6 @@ class Jobs:
 
     def _run(self, job: Job, engine: Engine, fault: str) -> None:
         started = time.monotonic()
-        events = None
         try:
             if fault:
                 job.fault = fault
@@ -368,10 +367,12 @@ class Jobs:
             events = pipeline.stream(job.prompt, seed=job.seed, path=self.folder / job.file)
             for event in events:
                 wait_for(engine.device)
-                self._follow(job, event, pipeline, engine)
-                if self._closing or (job.wish and not isinstance(event, Video)):
-                    events.close()
+                if self._closing and not isinstance(event, Video):
                     break
+                self._follow(job, event, pipeline, engine)
+                if job.wish and not isinstance(event, Video):
+                    break
+            events.close()
             if job.settings is None and self._closing:
                 job.state, job.tries = WAITING, job.tries - 1  # the next start of the server takes it up again
                 self._save_safely(job)

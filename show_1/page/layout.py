@@ -17,7 +17,7 @@ from show_1.pipeline import draw_seed
 from show_1.replay import differences, here, read
 
 # The page looks at a job when there is news of it, or after a pause; TICK lies between a look and the next waiting.
-TICK, PAUSE, IDLE_PAUSE = 0.2, 0.5, 1.5
+TICK, PAUSE, IDLE_PAUSE = 0.2, 0.5, 0.8
 TELL_ALL = 10  # seconds after which all is told anew, changed or not
 HERE = Path(__file__).parent
 FONTS = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # none from the web
@@ -101,7 +101,7 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
         """Give a new visitor a secret; show the job that a visitor has at work, where the address names none."""
         visitor = visitor if isinstance(visitor, str) and len(visitor) > 20 else _new_visitor()
         at_work = [job.id for job in jobs.of(visitor) if not job.ended]
-        return visitor, "" if id else (at_work or [""])[-1], "\n\n".join(notes)
+        return visitor, "" if id else (at_work or [""])[-1]
 
     async def wait_for_news(id: str, seen: dict) -> None:
         """Return when there is something to look at that should not wait, or after a while."""
@@ -115,7 +115,7 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
         job, now = jobs.get(id), time.monotonic()
         if job and not job.ended:
             jobs.watch(job)
-        new = views.view(jobs, id, job, visitor or "")
+        new = views.view(jobs, id, job, visitor or "") | {"banner": {"value": "\n\n".join(notes)}}
         if now - seen.get("all_told", -math.inf) > TELL_ALL:
             seen.clear()  # an answer may have been lost with the connection
             seen["all_told"] = now
@@ -187,6 +187,7 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
         # Outside Gradio's queue nothing tells of an error: right for a look while the server is away, and for no more.
         at_once = private | {"queue": False}
         parts = {
+            "banner": banner,
             "status": status,
             "screen": screen,
             "progress": progress,
@@ -200,7 +201,7 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
             "gallery": gallery,
         }
         on_look = {"inputs": [shown, visitor, seen], "outputs": list(parts.values()), "js": WITH_JOB} | at_once
-        page.load(enter, [shown, visitor], [visitor, new_job, banner], js=WITH_JOB, **at_once).then(
+        page.load(enter, [shown, visitor], [visitor, new_job], js=WITH_JOB, **at_once).then(
             None, new_job, js=GO_TO_JOB, **private
         ).then(look, **on_look)
         # In two events, since what is an output of one that waits would be animated by Gradio all the while.
