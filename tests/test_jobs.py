@@ -256,7 +256,7 @@ def test_odd_prompts_are_kept_as_they_are(jobs):
         until(lambda job=job: job.ended)
         assert job.state == DONE, job.fault
         assert video.read_metadata(jobs.result(job))["prompt"] == prompt
-        assert jobs.result(job).parent == jobs.folder
+        assert (jobs.folder / job.file).parent == jobs.folder and jobs.result(job).parent == jobs.place(job)
 
 
 def test_a_failure_in_a_stage_ends_its_job_and_not_the_queue(jobs, monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 from gradio import processing_utils
 
+from show_1.cascade import STAGES
 from show_1.jobs import CANCELLED, FAILED, Jobs
 from show_1.page import form, views
 
@@ -32,12 +33,10 @@ def add_endpoint(jobs: Jobs) -> None:
         the video, the seed, the settings that made it, and a status.
 
         Args:
-            prompt: What the video should show, in English, best one subject, one motion, one place: "a panda jumping in
-                the snow". About 60 words are read.
-            seed: A whole number from 0 on for the same video again; leave it out for a new one each time.
-            settings: Changes to the stages, such as {"keyframes": {"steps": 20, "guidance": 7.5}}. The stages are
-                keyframes, interpolation, first_frame, pixel_upscale and latent_upscale; leave it out for the defaults.
-            preset: Which set of settings to start from: PRESETS. Leave it out for the first.
+            prompt: What the video should show, in English; best one subject, motion and place: "a panda in the snow".
+            seed: A whole number from 0 on, for the same video again; leave it out for a new one each time.
+            settings: Changes to stages, such as {"keyframes": {"steps": 20}}; the stages are STAGES.
+            preset: Which settings to start from: PRESETS. Leave it out for the first.
         """
         visitor, job = secrets.token_urlsafe(24), None
         try:
@@ -61,7 +60,8 @@ def add_endpoint(jobs: Jobs) -> None:
             if job and not job.ended:
                 jobs.cancel(visitor, job)  # who asked has gone: nobody else could fetch it
 
-    show_1.__doc__ = show_1.__doc__.replace("PRESETS", ", ".join(jobs.presets))
+    for word, names in (("PRESETS", jobs.presets), ("STAGES", STAGES)):  # an argument's description is one line
+        show_1.__doc__ = show_1.__doc__.replace(word, ", ".join(names))
     changes = gr.JSON(label="Settings", visible=False)
     changes.api_info = lambda: {"type": "object", "description": "changes to the stages"}  # Gradio's is no JSON schema
     gr.Button(visible=False).click(
