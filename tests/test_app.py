@@ -468,7 +468,7 @@ def test_bad_input_is_told_in_the_page_and_the_next_run_works(app, browser):
     wait_for(page, "Done")
     expect(page.locator("#status .notice").first).to_contain_text("img src")
     # And in the gallery and the settings.
-    ask(page, harm + "\u0642\u0637\u0629 🐼")
+    ask(page, harm + "\u0642\u0637\u0629 🐼\nand another line")
     page.wait_for_function("() => document.querySelectorAll('#gallery img').length === 2")
     for place in (page.locator("#status .prompt"), page.locator("#gallery li").first):
         expect(place).to_contain_text(harm)

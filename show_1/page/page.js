@@ -19,7 +19,10 @@ const show1 = {
         const status = document.querySelector('#status .status');
         if (!status) return;
         const { state, title } = status.dataset;
-        if (document.title !== title) document.title = title;
+        if (title !== show1.title || document.title !== show1.titleThen) {  // the browser may change a title that is set
+            document.title = show1.title = title;
+            show1.titleThen = document.title;
+        }
         const worked = ['running', 'waiting'].includes(show1.state) && show1.job() === show1.told;
         if (worked && ['done', 'stopped', 'failed'].includes(state) && window.Notification?.permission === 'granted')
             new Notification('Show-1', { body: status.querySelector('[role=status]').textContent + '\n' + title });

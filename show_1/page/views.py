@@ -135,7 +135,7 @@ def _status(jobs: Jobs, id: str, job: Job | None) -> str:
 def _title(jobs: Jobs, job: Job | None) -> str:
     if job is None or job.state == CANCELLED:
         return "Show-1: text to video"
-    about = short(job.prompt, 40)
+    about = short(" ".join(job.prompt.split()), 40)
     if job.state == RUNNING:
         return f"{_percent(jobs.share(job))} · {about}"
     return {WAITING: "Waiting", DONE: "✓ Done", STOPPED: "✓ Done", FAILED: "✕ Failed"}[job.state] + f" · {about}"
