@@ -62,7 +62,7 @@ document.addEventListener('click', event => {
 });
 // Clips and the gallery's videos play while they are pointed at.
 document.addEventListener('mouseover', event => {
-    event.target.closest?.('.clips video')?.play();
+    event.target.closest?.('.clips video')?.play().catch(() => {});  // left again before it played
     const picture = event.target.closest?.('img[data-video]');
     if (!picture) return;
     const video = Object.assign(document.createElement('video'), {

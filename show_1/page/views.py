@@ -263,7 +263,7 @@ def _gallery(jobs: Jobs, visitor: str, id: str) -> str:
         inside = f'<span class="badge">{"at work" if job.state == RUNNING else "waiting"}</span>'
         if result:
             picture = f'src="{_url(poster)}"' if poster.is_file() else ""
-            inside = f'<img {picture} loading="lazy" alt="" data-video="{_url(result)}">'
+            inside = f'<img {picture} loading="lazy" alt="" aria-hidden="true" data-video="{_url(result)}">'
         shown = ' aria-current="true"' if job.id == id else ""
         cards.append(
             f'<li><a href="?job={job.id}"{shown}><span class="thumb">{inside}</span>'
