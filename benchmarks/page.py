@@ -19,9 +19,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
-from gradio_client import Client
 from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +44,7 @@ def main() -> None:
             # Asked at once, while the models load: the very first run of this computer.
             figures["time_left"] = [time_left(url)]
             figures["time_left"] += [time_left(url) for _ in range(max(arguments.rounds - 1, 1))]
-            figures["cancel_to_next_step_seconds"] = cancel_to_next_step(url)
+            figures["cancel_to_next_step_seconds"] = cancel_to_next_step(browser, url)
             figures |= against_the_command(arguments.cascade, arguments.rounds, browser, url, Path(folder))
         browser.close()
 
@@ -86,32 +85,45 @@ def until_usable(browser: Browser, url: str) -> float:
 
 def time_left(url: str) -> list[float | None]:
     """Ask for a video by the endpoint; return how far the time left was off at each of QUARTERS, as a share."""
-    told, started = [], time.monotonic()
-    job = Client(url, verbose=False).submit(PROMPT, api_name="/show-1")
-    for *_, status in job:
-        told.append((time.monotonic() - started, status["seconds_left"]))
-    total = time.monotonic() - started
+    started = time.monotonic()
+    told = [(time.monotonic() - started, status["seconds_left"]) for status in call(url)]
+    total = told[-1][0]
     errors = []
     for quarter in QUARTERS:
         at, rest = quarter * total, (1 - quarter) * total
-        when, left = [each for each in told if each[0] <= at][-1] if told[0][0] <= at else (0, None)
+        when, left = next(((when, left) for when, left in reversed(told) if when <= at), (0, None))
         errors.append(None if left is None else (left - (at - when)) / rest - 1)
     return errors
 
 
-def cancel_to_next_step(url: str) -> float:
-    """Return the seconds from a cancelled call until the next one in the queue has done a step."""
-    first, second = Client(url, verbose=False), Client(url, verbose=False)
-    long = first.submit(PROMPT, settings={"keyframes": {"steps": 900}}, api_name="/show-1")
-    _wait_for_step(long)
-    waiting = second.submit(PROMPT, api_name="/show-1")
-    while not waiting.outputs():
-        time.sleep(0.01)
+def call(url: str) -> Iterator[dict[str, Any]]:
+    """Ask for a video by plain HTTP and yield each status as it is told."""
+    url = f"{url}/gradio_api/call/v2/show-1"
+    body = json.dumps({"prompt": PROMPT}).encode()
+    event = json.load(urlopen(Request(url, body, {"Content-Type": "application/json"})))["event_id"]
+    with urlopen(f"{url}/{event}", timeout=PATIENCE) as answer:
+        for line in answer:
+            if line.startswith(b"data: ["):
+                yield json.loads(line.removeprefix(b"data: "))[3]
+
+
+def cancel_to_next_step(browser: Browser, url: str) -> float:
+    """Return the seconds from a click on Cancel until the next one in the queue has done a step."""
+    page = _open(browser, url)
+    page.get_by_role("button", name="Advanced").click()
+    page.get_by_label("Keyframes: steps").fill("900")
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_label("Prompt", exact=True).press("Enter")
+    page.locator("#status").get_by_text("Stage 1 of 5").wait_for()
+    waiting = call(url)
+    next(waiting)
     started = time.monotonic()
-    long.cancel()
-    _wait_for_step(waiting)
+    page.get_by_role("button", name="Cancel", exact=True).click()
+    next(status for status in waiting if re.search(r", step [1-9]", status["text"]))
     seconds = time.monotonic() - started
-    waiting.result(PATIENCE)
+    for _ in waiting:
+        pass
+    page.close()
     return seconds
 
 
@@ -163,11 +175,6 @@ def _open(browser: Browser, url: str) -> Page:
     page.goto(url)
     page.locator("#status [role=status]").get_by_text(re.compile(".")).wait_for()
     return page
-
-
-def _wait_for_step(job) -> None:
-    while not any("step" in status["text"] and ", step 0" not in status["text"] for *_, status in job.outputs()):
-        time.sleep(0.01)
 
 
 def _answers(url: str) -> bool:
