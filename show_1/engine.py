@@ -16,6 +16,7 @@ from show_1.pipeline import Show1Pipeline
 from show_1.timing import LOADING_SPEED, Calibration, device_name, rehearse
 
 PATIENCE = 10.0  # seconds that a visitor who waits already gives to the trying out
+LONGEST = 120.0  # seconds that it takes where nobody waits
 log = logging.getLogger("show-1")
 
 
@@ -81,22 +82,25 @@ class Engine:
         try:
             if not self.calibration.has_all(self.cascade):
                 self._begin("measuring", "Measuring this computer", None)
-                for again in (True, False):
-                    began = time.monotonic()
-                    for left in rehearse(self.pipeline, self.calibration):
-                        now, waited_for = time.monotonic(), somebody_waits()
-                        whole = now - began + left
-                        expected = now - self.preparation.since + left + (whole if again and not waited_for else 0)
-                        self.preparation = replace(self.preparation, expected=expected)
-                        if closing() or (waited_for and now - self.preparation.since > PATIENCE):
-                            return
-                    if somebody_waits():
-                        break
+                if self._rehearse(somebody_waits, closing, again=True) and not somebody_waits():
+                    self._rehearse(somebody_waits, closing, again=False)
                 self.save_calibration()
         except Exception:
             log.exception("measuring failed")  # then the first video's own steps will tell
         finally:
             self.preparation = None
+
+    def _rehearse(self, somebody_waits: Callable[[], bool], closing: Callable[[], bool], again: bool) -> bool:
+        """Make a short video; return whether it came to its end. With `again`, another one is to follow."""
+        began, since = time.monotonic(), self.preparation.since
+        for left in rehearse(self.pipeline, self.calibration):
+            now, waited_for = time.monotonic(), somebody_waits()
+            if closing() or now - since > (PATIENCE if waited_for else LONGEST):
+                return False
+            whole = now - began + left
+            expected = now - since + left + (whole if again and not waited_for else 0)
+            self.preparation = replace(self.preparation, expected=expected)
+        return True
 
     def save_calibration(self) -> None:
         try:
