@@ -162,11 +162,18 @@ def _on_the_page(page: Page, seed: int, folder: Path) -> float:
     before = page.url
     page.get_by_label("Prompt", exact=True).press("Enter")
     page.wait_for_function("before => location.href !== before", arg=before)
-    page.locator("#status").get_by_text("Done in").wait_for()
-    page.wait_for_function("() => document.querySelector('#screen video')?.currentTime > 0")
-    page.get_by_text("Download GIF").wait_for()  # what is done beside must not run into the other way's time
-    job = json.loads((folder / "jobs" / page.url.partition("?job=")[2] / "job.json").read_text())
-    return job["seconds"]
+    job = page.url.partition("?job=")[2]
+    record = folder / "jobs" / job / "job.json"
+    while json.loads(record.read_text())["state"] in ("waiting", "running"):
+        time.sleep(0.1)
+    page.wait_for_function(
+        "job => { const video = document.querySelector('#screen video');"
+        " return video?.src.includes(job) && video.currentTime > 0; }",
+        arg=job,
+    )
+    # What is done beside must not run into the other way's time.
+    page.locator(f"#downloads a[href*='{job}/video.gif']").wait_for()
+    return json.loads(record.read_text())["seconds"]
 
 
 def _open(browser: Browser, url: str) -> Page:
