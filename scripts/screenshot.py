@@ -46,12 +46,10 @@ def _take(url: str, arguments: argparse.Namespace) -> None:
         page.get_by_label("Prompt", exact=True).fill(arguments.prompt)
         page.get_by_label("Prompt", exact=True).press("Enter")
         page.locator("#status").get_by_text("Done in").wait_for(timeout=HOUR)
-        page.get_by_role("button", name="Download GIF").or_(
-            page.get_by_role("link", name="Download GIF")
-        ).first.wait_for()
-        page.wait_for_function("() => document.querySelector('#video video')?.readyState >= 2")
+        page.get_by_role("link", name="Download GIF").wait_for()
+        page.wait_for_function("() => document.querySelector('#screen video')?.readyState >= 2")
         page.evaluate(
-            "() => { const video = document.querySelector('#video video'); video.pause(); video.currentTime = 1 }"
+            "() => { const video = document.querySelector('#screen video'); video.pause(); video.currentTime = 1 }"
         )
         page.evaluate("document.activeElement.blur()")  # no blinking cursor
         for width, height in SIZES.items():

@@ -1,7 +1,8 @@
 """A video being made: queue, progress, cancel, result. It runs in the server and outlives the page that asked for it.
 
 A job belongs to the visitor who made it; who else has its id, which cannot be guessed, may watch. What has happened to
-it is on the disk, beside its clips, so that a finished job is still there after a restart.
+it is on the disk, in a folder of its own, so that a restart of the server loses nothing: finished jobs are there again,
+the others are taken up again.
 """
 
 import base64
@@ -14,8 +15,11 @@ import math
 import os
 import secrets
 import shutil
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,33 +30,25 @@ from PIL import Image
 
 from show_1 import video
 from show_1.cascade import STAGES, Cascade
+from show_1.engine import Engine, same_models, told
 from show_1.errors import Show1Error
-from show_1.hub import Progress, gigabytes
-from show_1.pipeline import (
-    Clip,
-    Event,
-    Notice,
-    Show1Pipeline,
-    StageStart,
-    StepDone,
-    Video,
-    check_request,
-    draw_seed,
-)
+from show_1.pipeline import Clip, Event, Notice, Show1Pipeline, StageStart, StepDone, Video, check_request, draw_seed
 from show_1.stages.interpolation import SEGMENT
-from show_1.timing import Calibration, Forecast, device_name, measure, stage_steps, write_atomically
+from show_1.timing import PHASES, Forecast, stage_steps, wait_for, write_atomically
 
 WAITING, RUNNING, DONE, STOPPED, CANCELLED, FAILED = "waiting", "running", "done", "stopped", "cancelled", "failed"
 ENDED = (DONE, STOPPED, CANCELLED, FAILED)
-STORED = ("id", "visitor", "prompt", "seed", "changes", "file", "state", "created", "seconds", "notices", "clips")
-STORED += ("settings", "fault")
+STORED = ("id", "visitor", "prompt", "seed", "preset", "changes", "file", "called", "state", "tries", "created")
+STORED += ("seconds", "notices", "clips", "settings", "fault")
 
 CHANGEABLE = {stage: ("steps", "guidance") for stage in STAGES}
 CHANGEABLE["latent_upscale"] += ("negative_prompt",)
 MAX_PROMPT = 10_000  # characters; the models read the first 77 tokens
+TRIES = 2  # how often a job is begun: one that took the server down twice would do so for ever
 CLIP_HEIGHT = 160  # small clips are enlarged to about this, as players would blur them
-PREVIEW_PAUSE = 0.4  # seconds from one preview to the next
+PREVIEW_PAUSE = 0.7  # seconds from one preview to the next
 PREVIEW_PIXELS = 250_000  # in all its frames; larger ones show fewer frames
+WATCHED = 3.0  # seconds after a look at a job in which previews are drawn for it
 log = logging.getLogger("show-1")
 
 
@@ -64,9 +60,12 @@ class Job:
     visitor: str  # a hash of the visitor's secret
     prompt: str
     seed: int
-    changes: dict[str, dict[str, Any]]
+    preset: str
+    changes: dict[str, dict[str, Any]]  # to the preset
     file: str  # the result's name in the output folder
+    called: bool = False  # by a program, which waits for it: gone with the server
     state: str = WAITING
+    tries: int = 0  # how often it was begun
     created: float = field(default_factory=time.time)
     seconds: float | None = None  # that it took
     notices: list[str] = field(default_factory=list)
@@ -80,8 +79,12 @@ class Job:
     wish: str = ""  # "cancel" or "stop"
     stage: str = ""
     step: int = 0
+    last_clip: tuple[str, np.ndarray] | None = None  # the last stage that made one, and its frames
     preview: str = ""  # a data URL
-    previewed: float = 0.0  # when that was
+    previewed: float = 0.0  # when that was, as all times below by time.monotonic
+    watched: float = -math.inf  # when somebody last looked
+    began: float = field(default_factory=time.monotonic)  # its own loading of models, or its run
+    shown: float = 0.0  # the largest share of its time that was told to be over
     forecast: Forecast | None = None
     changed: int = 0
 
@@ -89,9 +92,28 @@ class Job:
     def ended(self) -> bool:
         return self.state in ENDED
 
+    @property
+    def can_stop(self) -> bool:
+        """Whether there is a clip that could be the result."""
+        return self.state == RUNNING and self.last_clip is not None
+
+
+class Line:
+    """An engine, the one job it works at, and whose turn it is at it."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.running: Job | None = None
+        self.turn = 0
+        self.thread: threading.Thread | None = None
+
 
 class Jobs:
-    """All jobs of a server, and the one thread that makes their videos, one after the other."""
+    """All jobs of a server. A thread makes the videos of its cascade, one after the other.
+
+    Where the cascade is not mini, a second one makes mini's, which need no fetching and little memory: something to do
+    until the large models are there. `presets` holds all that can be asked for, the default first.
+    """
 
     def __init__(
         self,
@@ -103,35 +125,50 @@ class Jobs:
         models: Path | None = None,
         offline: bool = False,
     ):
-        self.cascade, self.device, self.folder, self.limit = cascade, device, folder, limit
-        self.loaded_with = {"memory": memory, "models": models, "offline": offline}
-        self.pipeline: Show1Pipeline | None = None
-        self.loading: dict[str, Any] = {"text": "Loading the models", "since": time.monotonic(), "expected": None}
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
-        self.calibration = Calibration(folder / "calibration.json", device_name(device, dtype))
+        self.folder, self.limit = folder, limit
+        calibration = folder / "calibration.json"
+        self.engine = Engine(cascade, device, calibration, memory=memory, models=models, offline=offline)
+        self._lines = [Line(self.engine)]
+        mini = Cascade.load("mini")
+        if not _are_same(mini, cascade):
+            self._lines.append(Line(Engine(mini, torch.device("cpu"), calibration)))
+        self.presets: dict[str, Cascade] = {}
+        for line in self._lines:
+            for name, preset in line.engine.presets.items():
+                self.presets.setdefault(name, preset)
         self._changed = threading.Condition(threading.RLock())
         self._jobs: dict[str, Job] = {}
-        self._running: Job | None = None
-        self._turn = 0
         self._closing = False
+        # Clips and the like are written beside the next stage's steps, and take from them as little as may be.
+        self._beside = ThreadPoolExecutor(1, "beside", initializer=_low_priority)
         self._read()
-        self._worker = threading.Thread(target=self._work, name="jobs", daemon=True)
 
     def start(self) -> None:
-        self._worker.start()
+        for line in self._lines:
+            line.thread = threading.Thread(target=self._work, args=(line,), name="jobs", daemon=True)
+            line.thread.start()
 
     def close(self, patience: float) -> None:
         """End the work at its next step; wait no longer than `patience` seconds for that."""
+        end = time.monotonic() + patience
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        if self._worker.is_alive():
-            self._worker.join(patience)
+        for line in self._lines:
+            if line.thread is not None:
+                line.thread.join(max(end - time.monotonic(), 0))
+        self._beside.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------------------------------------ what visitors can do
 
     def submit(
-        self, visitor: str, prompt: str, seed: int | None = None, changes: dict[str, dict[str, Any]] | None = None
+        self,
+        visitor: str,
+        prompt: str,
+        seed: int | None = None,
+        changes: dict[str, dict[str, Any]] | None = None,
+        preset: str | None = None,
+        called: bool = False,
     ) -> Job:
         """Put a video in the queue. Raises Show1Error for bad input, a full queue, a folder that cannot be written."""
         if not isinstance(prompt, str):
@@ -142,7 +179,8 @@ class Jobs:
                 f"Give at most {MAX_PROMPT:,}; the models read about the first 60 words.",
             )
         check_request(prompt, seed, None)
-        cascade = self.changed_cascade(changes or {})
+        preset = preset or next(iter(self.presets))
+        cascade = self.changed_cascade(preset, changes or {})
         self._check_room()
         name = f"{video.slug(prompt)}-{secrets.token_hex(6)}.mp4"
         try:
@@ -158,15 +196,15 @@ class Jobs:
             visitor=_hash(visitor),
             prompt=prompt,
             seed=draw_seed() if seed is None else seed,
+            preset=preset,
             changes=changes or {},
             file=name,
+            called=called,
             cascade=cascade,
         )
         with self._changed:
             self._check_room()
-            # Fair turns: a visitor's next job stands behind the first one of everybody who is here.
-            mine = [other.turn for other in self._jobs.values() if other.visitor == job.visitor and not other.ended]
-            job.turn = max([self._turn, *(turn + 1 for turn in mine)])
+            self._give_turn(job)
             try:
                 self.place(job).mkdir(parents=True)
                 self._save(job)
@@ -184,11 +222,15 @@ class Jobs:
 
     def of(self, visitor: str) -> list[Job]:
         """Return a visitor's jobs, newest first."""
-        mine = [job for job in list(self._jobs.values()) if self.owns(visitor, job)]
-        return sorted(mine, key=lambda job: -job.created)
+        owner = _hash(visitor)
+        return sorted((job for job in list(self._jobs.values()) if job.visitor == owner), key=lambda job: -job.created)
 
     def owns(self, visitor: str, job: Job) -> bool:
         return job.visitor == _hash(visitor)
+
+    def watch(self, job: Job) -> None:
+        """Note that somebody looks at a job: previews are drawn for these only."""
+        job.watched = time.monotonic()
 
     def cancel(self, visitor: str, job: Job) -> None:
         """End a job of this visitor's: at once while it waits, else within one denoising step."""
@@ -196,15 +238,20 @@ class Jobs:
 
     def stop(self, visitor: str, job: Job) -> None:
         """End a job of this visitor's within one denoising step, with its last clip as the result."""
-        if not any(stage != "first_frame" for stage in job.clips):
+        if not job.can_stop:
             raise Show1Error("There is no clip yet to keep.", "Wait for the end of the first stage, or cancel.")
         self._wish(visitor, job, "stop")
 
-    def changed_cascade(self, changes: dict[str, dict[str, Any]]) -> Cascade:
-        """Return the cascade with a job's changes; raise Show1Error for what cannot be changed, or not so."""
-        settings = self.cascade.settings()
+    def changed_cascade(self, preset: str, changes: dict[str, dict[str, Any]]) -> Cascade:
+        """Return a preset with a job's changes; raise Show1Error for what is not here or cannot be changed, or so."""
+        if not isinstance(preset, str) or preset not in self.presets:
+            raise Show1Error(
+                f"There is no preset {str(preset)[:60]!r} here.", f"Take one of {', '.join(self.presets)}."
+            )
         if not isinstance(changes, dict):
             raise Show1Error("The settings are no table of stages.", 'Write them as {"keyframes": {"steps": 10}}.')
+        base = self.presets[preset]
+        settings = base.settings()
         for stage, values in changes.items():
             if stage not in CHANGEABLE or not isinstance(values, dict):
                 raise Show1Error(
@@ -219,257 +266,264 @@ class Jobs:
                     )
             settings[stage] |= values
         cascade = Cascade.from_settings(settings, Path("Settings"))
-        return dataclasses.replace(cascade, file=self.cascade.file, about=self.cascade.about)
+        return dataclasses.replace(cascade, file=base.file, about=base.about)
 
     # --------------------------------------------------------------------------------------------- how a job is doing
 
     def place(self, job: Job) -> Path:
-        """Return the job's own folder."""
+        """Return the job's own folder: all that is served of it is there."""
         return self.folder / "jobs" / job.id
 
     def result(self, job: Job) -> Path | None:
-        """Return the finished video, unless somebody has removed it since."""
-        file = self.folder / job.file
-        return file if job.state in (DONE, STOPPED) and file.is_file() else None
+        """Return the finished video, in the job's folder, unless somebody has removed it since."""
+        there = job.state in (DONE, STOPPED) and (self.folder / job.file).is_file()
+        return self.place(job) / job.file if there and (self.place(job) / job.file).is_file() else None
+
+    def engine_of(self, job: Job) -> Engine:
+        return self.engine_for(job.preset)
+
+    def engine_for(self, preset: str) -> Engine:
+        return self._line(preset).engine
 
     def ahead(self, job: Job) -> list[Job]:
         """Return the jobs that come before a waiting one, the running one first."""
-        queue = self._queue()
+        line = self._line(job.preset)
+        queue = self._queue(line)
         waiting = queue[: queue.index(job)] if job in queue else []
-        return [*([self._running] if self._running else []), *waiting]
+        return [*([line.running] if line.running else []), *waiting]
 
     def wait(self, job: Job) -> float | None:
         """Return the seconds until a waiting job begins, as far as that can be told."""
-        return self._total(self.ahead(job))
+        return self._total(self._line(job.preset), self.ahead(job))
 
     def left(self, job: Job) -> float | None:
-        """Return the seconds until a running job is done, as far as that can be told."""
+        """Return the seconds until a job is done, as far as that can be told."""
+        if job.state == WAITING:
+            return self._total(self._line(job.preset), [*self.ahead(job), job])
         return job.forecast.left(time.monotonic()) if job.forecast else None
 
     def share(self, job: Job) -> float:
-        """Return how much of the job's time is over, 0 to 1."""
+        """Return how much of the job's time is over, 0 to 1, from when it was next; it never falls."""
         if job.state in (DONE, STOPPED):
             return 1.0
-        return job.forecast.share(time.monotonic()) if job.forecast else 0.0
-
-    def loading_left(self) -> float | None:
-        """Return the seconds until the models are ready, as far as that can be told."""
-        if not self.loading or not self.loading["expected"]:
-            return None
-        return max(self.loading["expected"] - (time.monotonic() - self.loading["since"]), 1.0)
+        left = None if job.state == WAITING and self.ahead(job) else self.left(job)
+        if left is not None:
+            over = time.monotonic() - job.began
+            job.shown = max(job.shown, min(over / max(over + left, 1e-9), 0.999))
+        return job.shown
 
     # ------------------------------------------------------------------------------------------------------- the work
 
-    def _work(self) -> None:
-        self._load()
+    def _work(self, line: Line) -> None:
+        if line.engine is self.engine:
+            self._prepare(line)
         while True:
             with self._changed:
-                while not self._closing and not self._queue():
+                while not self._closing and not self._queue(line):
                     self._changed.wait()
                 if self._closing:
                     return
-                job = self._queue()[0]
-                self._turn = job.turn
-                self._running, job.state = job, RUNNING
+            fault = self._prepare(line) if line.engine.pipeline is None else ""
+            with self._changed:
+                if self._closing:
+                    return
+                if not self._queue(line):
+                    continue  # cancelled meanwhile
+                job = self._queue(line)[0]
+                line.turn = job.turn
+                line.running, job.state = job, RUNNING
+                job.tries += 1
+                self._save_safely(job)
                 self._note(job)
             try:
-                self._run(job)
+                self._run(job, line.engine, fault)
             finally:
                 with self._changed:
-                    self._running = None
+                    line.running = None
+                    for next_job in self._queue(line):
+                        next_job.began = time.monotonic()
                     self._note(job)
             if job.state in (DONE, STOPPED):
-                self._after(job)
+                line.engine.save_calibration()
 
-    def _load(self) -> str:
-        """Load the models, and measure this device where it is new; return why that failed, or nothing."""
-        started = time.monotonic()
-        self.loading = {
-            "text": "Loading the models",
-            "since": started,
-            "expected": self.calibration.loading(self.cascade),
-        }
+    def _prepare(self, line: Line) -> str:
+        """Load the models and try them out; return why that failed, or nothing."""
         try:
-            self.pipeline = Show1Pipeline.from_cascade(
-                self.cascade, self.device, **self.loaded_with, report=self._fetched
-            )
-            self.calibration.learn_loading(self.cascade, time.monotonic() - started)
+            line.engine.load()
         except Exception as error:
-            fault = _told(error, "Loading the models")
-            log.error("%s", fault, exc_info=not isinstance(error, Show1Error))
-            self.loading = {"text": f"The models are not loaded. {fault}", "since": started, "expected": None}
-            return fault
-        self._measure()
-        self.loading = {}
+            return told(error, "Loading the models")
+        line.engine.try_out(lambda: bool(self._queue(line)), lambda: self._closing)
         return ""
 
-    def _fetched(self, progress: Progress) -> None:
-        """Tell how far the fetching of the models is."""
-        text = f"Fetching the models: {gigabytes(progress.done)} of {gigabytes(progress.total)}"
-        if progress.done == progress.total:
-            text = "Loading the models"
-        elif progress.speed:
-            text += f", {gigabytes(progress.speed)} a second"
-        self.loading = {"text": text, "since": time.monotonic(), "expected": progress.left}
-
-    def _measure(self) -> None:
-        """Learn what the steps cost, unless that is known already; a visitor who comes meanwhile goes first."""
-        for stage in STAGES:
-            if self.calibration.has(self.cascade, stage):
-                continue
-            self.loading = {"text": "Measuring this computer", "since": time.monotonic(), "expected": None}
-            try:
-                for cost in measure(self.pipeline, stage):
-                    if cost:
-                        self.calibration.learn(self.cascade, stage, cost)
-                    if self._queue() or self._closing:
-                        return
-            except Exception:
-                log.exception("measuring failed")  # then the first video's own steps will tell
-                return
-        self._save_calibration()
-
-    def _run(self, job: Job) -> None:
+    def _run(self, job: Job, engine: Engine, fault: str) -> None:
         started = time.monotonic()
-        events = None
         try:
-            if self.pipeline is None and (fault := self._load()):
+            if fault:
                 job.fault = fault
                 self._end(job, FAILED, started)
                 return
-            pipeline = self.pipeline.with_cascade(job.cascade)
-            job.forecast = Forecast(job.cascade, self.calibration.costs(job.cascade), time.monotonic())
-            events = pipeline.stream(job.prompt, seed=job.seed, path=self.folder / job.file, previews=True)
+            pipeline = engine.pipeline.with_cascade(job.cascade)
+            job.forecast = Forecast(job.cascade, engine.calibration.costs(job.cascade), started)
+            events = pipeline.stream(job.prompt, seed=job.seed, path=self.folder / job.file)
             for event in events:
-                self._follow(job, event, pipeline)
-                if self._closing or (job.wish and not isinstance(event, Video)):
-                    events.close()
+                wait_for(engine.device)
+                if self._closing and not isinstance(event, Video):
                     break
+                self._follow(job, event, pipeline, engine)
+                if job.wish and not isinstance(event, Video):
+                    break
+            events.close()
             if job.settings is None and self._closing:
-                return  # the disk says that it was running: the next start will tell
-            if job.settings is None and job.wish == "cancel":
-                shutil.rmtree(self.place(job), ignore_errors=True)
-                job.clips = {}
+                job.state, job.tries = WAITING, job.tries - 1  # the next start of the server takes it up again
+                self._save_safely(job)
+            elif job.settings is None and job.wish == "cancel":
                 self._end(job, CANCELLED, started)
             elif job.settings is None:
-                self._keep_clip(job)
+                self._keep_clip(job, pipeline)
                 self._end(job, STOPPED, started)
             else:
                 self._end(job, DONE, started)
         except Exception as error:
-            job.fault = _told(error, "Making this video")
+            job.fault = told(error, "Making this video")
             log.error("A video failed: %s", job.fault, exc_info=not isinstance(error, Show1Error))
             self._end(job, FAILED, started)
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
 
-    def _follow(self, job: Job, event: Event, pipeline: Show1Pipeline) -> None:
+    def _follow(self, job: Job, event: Event, pipeline: Show1Pipeline, engine: Engine) -> None:
         """Take note of what the pipeline tells."""
-        now = time.monotonic()
+        if learned := job.forecast.follow(event, time.monotonic()):
+            engine.calibration.learn(job.cascade, *learned)
         match event:
             case Notice(message):
                 job.notices.append(message)
             case StageStart(stage):
                 job.stage, job.step = stage, 0
-                job.forecast.begin(stage, now)
             case StepDone():
                 job.step = event.step
-                job.forecast.step(now)
-                self._preview(job, event.preview)
+                self._preview(job, event)
             case Clip(stage) if stage != STAGES[-1]:
-                self._write_clip(job, event, pipeline)
-                self._learn(job, stage)
-            case Clip(stage):
-                self._learn(job, stage)
+                frames = event.frames
+                if stage != "first_frame":
+                    job.last_clip = stage, frames
+                self._beside.submit(self._write_clip, job, stage, frames)
             case Video():
                 job.settings = {key: value for key, value in event.settings.items() if key != "seconds"}
+                self._share_result(job)
         with self._changed:
             self._note(job)
 
-    def _learn(self, job: Job, stage: str) -> None:
-        self.calibration.learn(job.cascade, stage, job.forecast.end(time.monotonic()))
-
-    def _preview(self, job: Job, frames: np.ndarray | None) -> None:
+    def _preview(self, job: Job, event: StepDone) -> None:
         now = time.monotonic()
-        if frames is None or now - job.previewed < PREVIEW_PAUSE:
+        if now - job.previewed < PREVIEW_PAUSE or now - job.watched > WATCHED:
             return
-        job.previewed = now
-        job.preview = preview(frames)
+        job.preview, job.previewed = preview(event.preview()), now
 
-    def _write_clip(self, job: Job, clip: Clip, pipeline: Show1Pipeline) -> None:
-        """Keep a stage's clip. Where that fails the video can still be made, so it is only told."""
+    def _write_clip(self, job: Job, stage: str, frames: np.ndarray) -> None:
+        """Keep a stage's clip, for looking at. Where that fails the video can still be made, so it is only told."""
+        if job.state == CANCELLED:
+            return
         try:
-            if clip.stage == "first_frame":
+            if stage == "first_frame":
                 name = "first_frame.png"
                 part = self.place(job) / ".first_frame.png"
-                Image.fromarray(enlarge(clip.frames)[0]).save(part)
+                Image.fromarray(enlarge(frames)[0]).save(part)
                 os.replace(part, self.place(job) / name)
             else:
-                name = f"{clip.stage}.mp4"
-                settings = pipeline.settings(job.prompt, job.seed) | {"stopped_after": clip.stage}
-                video.write(self.place(job) / name, *clip_frames(clip, pipeline.cascade), settings)
-            job.clips[clip.stage] = name
+                name = f"{stage}.mp4"
+                video.write(self.place(job) / name, *clip_frames(stage, frames, job.cascade), {}, effort="ultrafast")
+            job.clips[stage] = name
         except (Show1Error, OSError) as error:
-            job.notices.append(f"The clip of {clip.stage.replace('_', ' ')} could not be kept: {error}")
+            job.notices.append(f"The clip of {stage.replace('_', ' ')} could not be kept: {error}")
+        with self._changed:
+            self._note(job)
 
-    def _keep_clip(self, job: Job) -> None:
+    def _keep_clip(self, job: Job, pipeline: Show1Pipeline) -> None:
         """Make the last clip the result."""
-        stage = [stage for stage in STAGES if stage in job.clips and stage != "first_frame"][-1]
-        clip, result = self.place(job) / job.clips[stage], self.folder / job.file
-        part = result.with_name(f".{result.name}.part")
+        stage, frames = job.last_clip
+        settings = pipeline.settings(job.prompt, job.seed) | {"stopped_after": stage}
+        video.write(self.folder / job.file, *clip_frames(stage, frames, job.cascade), settings)
+        job.settings = settings
+        self._share_result(job)
+
+    def _share_result(self, job: Job) -> None:
+        """Put the result into the job's folder too: only that is served, whatever else the output folder holds."""
+        result, shared = self.folder / job.file, self.place(job) / job.file
         try:
-            shutil.copyfile(clip, part)
-            os.replace(part, result)
-        finally:
-            part.unlink(missing_ok=True)
-        job.settings = video.read_metadata(result)
-        del job.settings["program"]
+            shared.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # not every file system can
+                os.link(result, shared)
+                return
+            shutil.copyfile(result, shared)
+        except OSError as error:
+            raise Show1Error(
+                f"The video is made, as {result}, and cannot be shown here: {os.strerror(error.errno)}.",
+                "Free some space there; then make it again, or take it from that folder.",
+            ) from None
 
     def _end(self, job: Job, state: str, started: float) -> None:
         with self._changed:
-            job.state, job.preview, job.forecast = state, "", None
+            job.state, job.preview, job.forecast, job.last_clip = state, "", None, None
             job.seconds = round(time.monotonic() - started, 1)
             self._save_safely(job)
             self._note(job)
+        with suppress(RuntimeError):  # closing
+            self._beside.submit(self._after, job)
 
     def _after(self, job: Job) -> None:
-        """Do what may follow the result: the GIF, and what was learned about the device."""
+        """Do what may follow the end: a GIF and a picture of the result, nothing left of a cancelled job."""
+        if job.state == CANCELLED:
+            for file in self.place(job).glob("[!.]*"):
+                if file.name != "job.json":
+                    file.unlink(missing_ok=True)
+            job.clips = {}
         try:
-            video.write_gif(self.place(job) / "video.gif", self.folder / job.file)
-            with self._changed:
-                self._note(job)
+            if result := self.result(job):
+                frames = video.read_frames(result)
+                poster = Image.fromarray(frames[len(frames) // 2])
+                poster.thumbnail((480, 480))
+                poster.save(self.place(job) / ".poster.webp", quality=80)
+                os.replace(self.place(job) / ".poster.webp", self.place(job) / "poster.webp")
+                video.write_gif(self.place(job) / "video.gif", result)
         except (Show1Error, OSError) as error:
             log.warning("No GIF: %s", error)
-        self._save_calibration()
-
-    def _save_calibration(self) -> None:
-        try:
-            self.calibration.save()
-        except OSError as error:
-            log.warning("What was learned about this device cannot be kept: %s", error)
+        with self._changed:
+            self._save_safely(job)  # with the clips that were written since
+            self._note(job)
 
     # ----------------------------------------------------------------------------------------------------- the record
 
-    def _queue(self) -> list[Job]:
-        waiting = [job for job in list(self._jobs.values()) if job.state == WAITING]
+    def _line(self, preset: str) -> Line:
+        return next((line for line in self._lines if preset in line.engine.presets), self._lines[0])
+
+    def _queue(self, line: Line) -> list[Job]:
+        waiting = [job for job in list(self._jobs.values()) if job.state == WAITING and self._line(job.preset) is line]
         return sorted(waiting, key=lambda job: (job.turn, job.created))
 
-    def _total(self, jobs: list[Job]) -> float | None:
-        """Return the seconds until these are done."""
-        total = (self.loading_left() or math.nan) if self.loading else 0.0
+    def _give_turn(self, job: Job) -> None:
+        """Take fair turns: a visitor's next job stands behind the first one of everybody who is here."""
+        line = self._line(job.preset)
+        others = [other for other in self._jobs.values() if not other.ended and self._line(other.preset) is line]
+        job.turn = max([line.turn, *(other.turn + 1 for other in others if other.visitor == job.visitor)])
+
+    def _total(self, line: Line, jobs: list[Job]) -> float | None:
+        """Return the seconds until an engine has done these."""
+        preparation = line.engine.preparation
+        total = (preparation.left or math.nan) if preparation else 0.0
         for job in jobs:
-            if job is self._running and job.forecast:
-                total += self.left(job) or math.nan
+            if job is line.running and job.forecast:
+                total += job.forecast.left(time.monotonic()) or math.nan
             else:
-                costs = self.calibration.costs(job.cascade)
-                steps = stage_steps(job.cascade)
-                total += sum(costs[stage].total(steps[stage]) for stage in STAGES) if costs else math.nan
+                costs = line.engine.calibration.costs(job.cascade)
+                steps = dict.fromkeys(PHASES, 0) | stage_steps(job.cascade)
+                total += sum(costs[phase].total(steps[phase]) for phase in PHASES) if costs else math.nan
         return None if math.isnan(total) else total
 
     def _check_room(self) -> None:
-        waiting = self._queue()
+        waiting = [job for job in list(self._jobs.values()) if job.state == WAITING]
         if len(waiting) >= self.limit:
-            free = self._total([self._running] if self._running else [])
+            times = [self._total(line, [line.running]) for line in self._lines if line.running]
+            free = min((seconds for seconds in times if seconds), default=None)
             when = f"in about {duration(free)}" if free else "in a few minutes"
             raise Show1Error(f"The queue is full: {len(waiting)} videos are waiting.", f"Try again {when}.")
 
@@ -499,18 +553,37 @@ class Jobs:
             log.warning("The job %s cannot be kept: %s", job.id, error)
 
     def _read(self) -> None:
-        """Bring the jobs of former runs back."""
+        """Bring the jobs of former runs back, and take up again those that were waiting or at work."""
+        found = []
         for file in self.folder.glob("jobs/*/job.json"):
             try:
-                job = Job(**json.loads(file.read_text(encoding="utf-8")))
+                found.append(Job(**json.loads(file.read_text(encoding="utf-8"))))
             except (OSError, ValueError, TypeError) as error:
                 log.warning("%s is damaged, and left out: %s", file, error)
-                continue
+        for job in sorted(found, key=lambda job: job.created):
             if not job.ended:
-                job.state = FAILED
-                job.fault = "The server was stopped before this video was done. Make it again: its settings are kept."
-                self._save_safely(job)
+                self._take_up(job)
+            elif self.result(job) and not (self.place(job) / "video.gif").is_file():
+                self._beside.submit(self._after, job)
             self._jobs[job.id] = job
+
+    def _take_up(self, job: Job) -> None:
+        """Put a job of a former run in the queue again, or say why not."""
+        try:
+            if job.called:
+                raise Show1Error("The server was stopped, and the program that asked for this video is gone.", "")
+            if job.state == RUNNING and job.tries >= TRIES:
+                raise Show1Error(
+                    f"The server ended {TRIES} times while it made this video.",
+                    "It is not tried again by itself; ask once more, perhaps with other settings.",
+                )
+            job.cascade = self.changed_cascade(job.preset, job.changes)
+        except Show1Error as error:
+            job.state, job.fault = FAILED, str(error).strip()
+        else:
+            job.state, job.clips, job.notices = WAITING, {}, []
+            self._give_turn(job)
+        self._save_safely(job)
 
 
 def preview(frames: np.ndarray) -> str:
@@ -536,10 +609,10 @@ def enlarge(frames: np.ndarray) -> np.ndarray:
     return frames.repeat(factor, axis=1).repeat(factor, axis=2) if factor > 1 else frames
 
 
-def clip_frames(clip: Clip, cascade: Cascade) -> tuple[np.ndarray, int]:
+def clip_frames(stage: str, frames: np.ndarray, cascade: Cascade) -> tuple[np.ndarray, int]:
     """Return a stage's clip as it is kept: enlarged, and with its frames per second."""
-    fps = max(cascade.fps // (SEGMENT - 1), 1) if clip.stage == "keyframes" else cascade.fps
-    return enlarge(clip.frames), fps
+    fps = max(cascade.fps // (SEGMENT - 1), 1) if stage == "keyframes" else cascade.fps
+    return enlarge(frames), fps
 
 
 def duration(seconds: float) -> str:
@@ -550,13 +623,17 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _told(error: Exception, what: str) -> str:
-    """Return a failure in two sentences."""
-    if isinstance(error, Show1Error):
-        return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"{what} failed: the memory of the GPU is full. Close what else uses it, or take a smaller cascade."
-    return f"{what} failed; the server's log says why. Try again, or with other settings."
+def _are_same(mini: Cascade, cascade: Cascade) -> bool:
+    try:
+        return same_models(mini, cascade)
+    except Show1Error:
+        return False  # one whose models are not to be found; that is told when they are loaded
+
+
+def _low_priority() -> None:
+    """Let this thread, and the programs it starts, give way to others, where a thread has a priority of its own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _hash(secret: str) -> str:

@@ -4,8 +4,9 @@ import math
 import platform
 import secrets
 import time
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,16 @@ class StageStart:
 
 @dataclass(frozen=True)
 class StepDone:
-    """Step number `step` of `steps` is done; `preview` is (frames, height, width, 3) uint8 where it was asked for.
+    """Step number `step` of `steps` is done.
 
-    Of several prompts it shows the first.
+    `preview()`, to be asked before the next step, draws the stage's present estimate of its result (of the latent
+    upscale's, one frame): (frames, height, width, 3) uint8. Of several prompts it shows the first.
     """
 
     stage: str
     step: int
     steps: int
-    preview: np.ndarray | None
+    preview: Callable[[], np.ndarray] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -122,13 +124,15 @@ class Show1Pipeline:
         models: str | Path | None = None,
         offline: bool = False,
         report: hub.Report | None = None,
+        on_load: Callable[[int], None] | None = None,
     ) -> "Show1Pipeline":
         """Load a cascade: a bundled name, a TOML file, or one read already; what is not here is fetched from the hub.
 
         By default that is `show-1` on the CUDA device where there is one, else `mini` on the CPU; see `default_dtype`.
         `dtype` is that of all models and all noise. What sits on the device follows from its free memory, or from
         `memory` ("12GB"). `models`, `offline` and `report` are those of `hub.fetch`: a folder to take the models from,
-        no network, and what to call with the fetching's Progress.
+        no network, and what to call with the fetching's Progress. `on_load` is called once, when all is here and the
+        loading begins, with the bytes of the weights.
 
         Raises Show1Error for a cascade, model, device, dtype or memory that will not do.
         """
@@ -139,7 +143,10 @@ class Show1Pipeline:
         if not isinstance(cascade, Cascade):
             cascade = Cascade.load(cascade or default_cascade(device))
         folders = hub.fetch(cascade, models=models, offline=offline, report=report)
-        tier = placement.choose(cascade, device, placement.weight_bytes(cascade, folders, dtype), memory)
+        weights = placement.weight_bytes(cascade, folders, dtype)
+        tier = placement.choose(cascade, device, weights, memory)
+        if on_load is not None:
+            on_load(weights)
         stages = loading.load_stages(cascade, folders, dtype)
         pipeline = cls(cascade, *stages)
         pipeline.weights = loading.fingerprint(stages)
@@ -170,7 +177,6 @@ class Show1Pipeline:
         *,
         seed: int | Sequence[int] | None = None,
         path: str | Path | Sequence[str | Path] | None = None,
-        previews: bool = False,
     ) -> Iterator[Event]:
         """Yield what happens as it happens: stage starts, steps, each stage's clip, at last the Video.
 
@@ -179,20 +185,18 @@ class Show1Pipeline:
         for all.
 
         To cancel, stop asking: nothing has been written until the Video comes. The same prompt, seed and cascade give
-        the same frames on the same device and dtype; without a seed one is drawn, and told in the settings. With
-        `previews` each step carries the stage's present estimate of its result (of the latent upscale's, one frame).
+        the same frames on the same device and dtype; without a seed one is drawn, and told in the settings.
 
         Raises Show1Error at once for a blank prompt, a seed beyond 0…2^53 − 1, a path that cannot be written to, and
         where prompts, seeds and paths are not as many.
         """
-        requests = _requests(prompt, seed, path)
-        return self._batches(requests, previews)
+        return self._batches(_requests(prompt, seed, path))
 
-    def _batches(self, requests: list["Request"], previews: bool) -> Iterator[Event]:
+    def _batches(self, requests: list["Request"]) -> Iterator[Event]:
         for start in range(0, len(requests), self.prompts_at_once):
-            yield from self._stream(requests[start : start + self.prompts_at_once], previews)
+            yield from self._stream(requests[start : start + self.prompts_at_once])
 
-    def _stream(self, requests: list["Request"], previews: bool) -> Iterator[Event]:
+    def _stream(self, requests: list["Request"]) -> Iterator[Event]:
         started = time.monotonic()
         prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
         for prompt in dict.fromkeys(prompts):
@@ -207,7 +211,7 @@ class Show1Pipeline:
             yield StageStart(stage, steps)
             for number in range(1, steps + 1):
                 step = next(stream)
-                yield StepDone(stage, number, steps, self._preview(stage, step) if previews else None)
+                yield StepDone(stage, number, steps, partial(self._preview, stage, step))
             try:
                 next(stream)
             except StopIteration as end:
@@ -257,11 +261,11 @@ class Show1Pipeline:
         }
         for n, request in enumerate(requests):
             frames = video.to_uint8(upscaled[n : n + 1])
-            settings = self.settings(request.prompt, request.seed)
+            told = self.settings(request.prompt, request.seed)
             if request.path is not None:
                 # The seconds stay out of the file: the same video is the same bytes.
-                video.write(request.path, frames, cascade.fps, settings)
-            told = settings | {"seconds": round(time.monotonic() - started, 1)}
+                video.write(request.path, frames, cascade.fps, told)
+            told |= {"seconds": round(time.monotonic() - started, 1)}
             yield Video(frames, told, {name: tensor[n : n + 1].cpu() for name, tensor in tensors.items()})
 
     def _notices(self, prompt: str) -> Iterator[Notice]:

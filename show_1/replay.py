@@ -125,7 +125,7 @@ def _frames(pipeline: Show1Pipeline, settings: dict[str, Any]) -> tuple[np.ndarr
                 bar.update()
             case Clip(stage) if stage == settings.get("stopped_after"):
                 bar.close()
-                return clip_frames(event, pipeline.cascade)
+                return clip_frames(stage, event.frames, pipeline.cascade)
             case Video(frames):
                 bar.close()
                 return frames, pipeline.cascade.fps

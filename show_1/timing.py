@@ -1,12 +1,14 @@
 """How long a video takes: what the steps of each stage cost on this device, and the time left from that.
 
 The stages' steps cost very different times, so that counting them tells little. What each costs is kept in a file, by
-device, and learned anew from every video; before the first one, from a step of each.
+device, and learned anew from every video; before the first one, from a short video that nobody sees.
 """
 
+import dataclasses
 import json
 import os
-import statistics
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,22 +18,22 @@ from typing import Any
 import torch
 
 from show_1.cascade import STAGES, Cascade
-from show_1.pipeline import Show1Pipeline
+from show_1.pipeline import Clip, Event, Show1Pipeline, StageStart, StepDone, Video
 from show_1.stages import window_starts
 from show_1.stages.interpolation import SEGMENT
-from show_1.stages.pixel_upscale import SCALE, WINDOW
+
+PHASES = ("prompt", *STAGES, "file")  # of a video: the prompt is read, the stages run, the file is written
+DEEP = 0.6  # the share of a UNet's work that reusing its deep features saves, roughly
+LOADING_SPEED = 4e8  # bytes a second, until this computer's own is known
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds that a stage takes: before its first step, for each step, and after its last one."""
+    """Seconds that a phase takes: before its first step, for each step, and after its last one."""
 
     setup: float
     step: float
     finish: float
-
-    def times(self, factor: float) -> "Cost":
-        return Cost(self.setup * factor, self.step * factor, self.finish * factor)
 
     def total(self, steps: int) -> float:
         return self.setup + steps * self.step + self.finish
@@ -39,22 +41,23 @@ class Cost:
 
 # Measured with mini on a CPU, in steps of its keyframes. They only bridge the time until this device's own are known.
 RELATIVE = {
+    "prompt": Cost(0, 0, 0.3),
     "keyframes": Cost(0, 1, 0),
     "interpolation": Cost(0, 1.12, 0),
     "first_frame": Cost(0, 0.17, 0),
     "pixel_upscale": Cost(0, 1.85, 0),
-    "latent_upscale": Cost(4.2, 1.9, 12.4),
+    "latent_upscale": Cost(4.2, 1.9, 6),
+    "file": Cost(0, 0, 0.5),
 }
 
 
 def stage_steps(cascade: Cascade) -> dict[str, int]:
     """Return how many denoising steps each stage of a cascade takes, in the order in which they run."""
-    frames = (SEGMENT - 1) * (cascade.keyframes.frames - 1) + 1
     return {
         "keyframes": cascade.keyframes.steps,
         "interpolation": cascade.interpolation.steps,
         "first_frame": cascade.first_frame.steps,
-        "pixel_upscale": cascade.pixel_upscale.steps * len(window_starts(frames)),
+        "pixel_upscale": cascade.pixel_upscale.steps * len(window_starts(_frames(cascade))),
         "latent_upscale": int(cascade.latent_upscale.steps * cascade.latent_upscale.strength),
     }
 
@@ -68,6 +71,8 @@ def device_name(device: torch.device, dtype: torch.dtype) -> str:
 class Calibration:
     """What is known about the device, kept in a file; a file that is missing or damaged only means to learn anew."""
 
+    _saving = threading.Lock()
+
     def __init__(self, file: Path, device: str):
         self.file, self.device = file, device
         self.known: dict[str, Any] = {}
@@ -80,19 +85,20 @@ class Calibration:
             self.known = {}
 
     def costs(self, cascade: Cascade) -> dict[str, Cost] | None:
-        """Return each stage's cost; None where none has been measured."""
-        measured = {stage: cost for stage in STAGES if (cost := self.known.get(_key(cascade, stage)))}
-        if not measured:
+        """Return each phase's cost; None where no stage's is known."""
+        measured = {phase: cost for phase in PHASES if (cost := self._cost(cascade, phase))}
+        stages = [stage for stage in STAGES if stage in measured]
+        if not stages:
             return None
-        # A stage not measured yet stands to RELATIVE as the others do.
-        factor = sum(cost.step for cost in measured.values()) / sum(RELATIVE[stage].step for stage in measured)
-        return {stage: measured.get(stage) or RELATIVE[stage].times(factor) for stage in STAGES}
+        # What has not been measured yet stands to RELATIVE as the others do.
+        factor = sum(measured[stage].step for stage in stages) / sum(RELATIVE[stage].step for stage in stages)
+        return {phase: measured.get(phase) or _times(RELATIVE[phase], factor) for phase in PHASES}
 
-    def has(self, cascade: Cascade, stage: str) -> bool:
-        return _key(cascade, stage) in self.known
+    def has_all(self, cascade: Cascade) -> bool:
+        return all(_key(cascade, phase) in self.known for phase in PHASES)
 
-    def learn(self, cascade: Cascade, stage: str, cost: Cost) -> None:
-        self.known[_key(cascade, stage)] = cost
+    def learn(self, cascade: Cascade, phase: str, cost: Cost) -> None:
+        self.known[_key(cascade, phase)] = cost
 
     def loading(self, cascade: Cascade) -> float | None:
         """Return the seconds that loading the models took the last time."""
@@ -102,45 +108,95 @@ class Calibration:
         self.known[f"loading {cascade.name}"] = seconds
 
     def save(self) -> None:
-        try:
-            everything = json.loads(self.file.read_text())
-        except (OSError, ValueError):
-            everything = {}
-        everything[self.device] = {
-            key: asdict(value) if isinstance(value, Cost) else value for key, value in self.known.items()
-        }
-        write_atomically(self.file, json.dumps(everything, indent=1))
+        with self._saving:  # two cascades of one server share the file
+            try:
+                everything = json.loads(self.file.read_text())
+                before = everything.get(self.device)
+            except (OSError, ValueError, AttributeError):
+                everything, before = {}, None
+            known = {key: asdict(value) if isinstance(value, Cost) else value for key, value in self.known.items()}
+            everything[self.device] = (before if isinstance(before, dict) else {}) | known
+            write_atomically(self.file, json.dumps(everything, indent=1))
+
+    def _cost(self, cascade: Cascade, phase: str) -> Cost | None:
+        """Return what a phase has cost; with guidance of another kind, or features reused otherwise, scaled to that."""
+        if cost := self.known.get(_key(cascade, phase)):
+            return cost
+        work, place = _work(cascade, phase), _place(cascade, phase)
+        for key, cost in self.known.items():
+            if key.startswith(f"{place} at "):
+                return dataclasses.replace(cost, step=cost.step * work / float(key.rpartition(" at ")[2]))
+        return None
 
 
 class Forecast:
     """The time left of one video, from its costs and from the pace at which it really goes.
 
-    Tell it what happens by `begin`, `step` and `end`, in seconds on one clock.
+    Tell it what the pipeline tells by `follow`, and the time in seconds, always by the same clock. It begins with the
+    reading of the prompt.
     """
 
     def __init__(self, cascade: Cascade, costs: dict[str, Cost] | None, now: float):
         self.calibrated = costs is not None
         self.costs = costs or RELATIVE
-        self.steps = stage_steps(cascade)
-        self.total = sum(self.costs[stage].total(steps) for stage, steps in self.steps.items())
-        self.began = self.last = now
-        self.stage: str | None = None
-        self.done = 0  # steps of this stage
-        self.expected = 0.0  # what the costs say for all that is done
-        self.timed, self.timed_steps = 0.0, 0  # this stage's steps but the first, which also bears the setup
-        self.first = 0.0
-        self.reached = 0  # how many stages have begun
-        self.shown = 0.0
+        self.steps = dict.fromkeys(PHASES, 0) | stage_steps(cascade)
+        self.total = sum(self.costs[phase].total(steps) for phase, steps in self.steps.items())
+        self.began = self.paced_since = now
+        self.expected = 0.0  # what the costs say for all that is done since `paced_since`
+        self._begin("prompt", now)
 
-    def begin(self, stage: str, now: float) -> None:
-        self.stage, self.done, self.timed, self.timed_steps = stage, 0, 0.0, 0
-        if not self.reached:
-            self.began = now  # reading the prompt is no measure of the pace
-        self.reached = STAGES.index(stage) + 1
+    def follow(self, event: Event, now: float) -> tuple[str, Cost] | None:
+        """Take note of an event; return what a phase has really cost, when one ends."""
+        ended = None
+        match event:
+            case StageStart(stage):
+                if self.phase == "prompt":
+                    ended = self._end(now)
+                    self.paced_since, self.expected = now, 0.0  # reading the prompt is no measure of the pace
+                self._begin(stage, now)
+            case StepDone():
+                self._step(now)
+            case Clip(stage):
+                ended = self._end(now)
+                if stage == STAGES[-1]:
+                    self._begin("file", now)
+            case Video():
+                ended = self._end(now)
+        return ended
+
+    def left(self, now: float) -> float | None:
+        """Return the seconds left, or None while nothing is known."""
+        # A few steps weigh nothing against a calibration; where there is none they are all there is.
+        trust = 0.05 * self.total if self.calibrated else 0.0
+        if self.expected + trust <= 0:
+            return None
+        pace = (self.last - self.paced_since + trust) / (self.expected + trust)
+        rest = current = 0.0
+        if self.phase:
+            cost, ahead = self.costs[self.phase], self.steps[self.phase] - self.done
+            rest = cost.finish * pace
+            if ahead:
+                stage_pace = (self.timed + 2 * pace * cost.step) / ((self.timed_steps + 2) * cost.step)
+                setup = 0 if self.done else cost.setup * pace
+                current = cost.step * stage_pace + setup
+                rest += ahead * cost.step * stage_pace + setup
+            else:
+                current = rest
+        for phase in PHASES[self.reached :]:
+            rest += self.costs[phase].total(self.steps[phase]) * pace
+        # Between two steps the time runs on, but no further than to the end of this one.
+        return rest - min(now - self.last, current)
+
+    def _begin(self, phase: str, now: float) -> None:
+        self.phase: str | None = phase
+        self.done = 0  # steps of this phase
+        self.timed, self.timed_steps = 0.0, 0  # its steps but the first, which also bears the setup
+        self.first = 0.0
+        self.reached = PHASES.index(phase) + 1  # how many phases have begun
         self.last = now
 
-    def step(self, now: float) -> None:
-        cost = self.costs[self.stage]
+    def _step(self, now: float) -> None:
+        cost = self.costs[self.phase]
         self.expected += cost.step + (0 if self.done else cost.setup)
         if self.done:
             self.timed += now - self.last
@@ -150,88 +206,31 @@ class Forecast:
         self.done += 1
         self.last = now
 
-    def end(self, now: float) -> Cost:
-        """Note the end of a stage; return what it has really cost."""
-        self.expected += self.costs[self.stage].finish
+    def _end(self, now: float) -> tuple[str, Cost]:
+        self.expected += self.costs[self.phase].finish
         step = self.timed / self.timed_steps if self.timed_steps else self.first
-        real = Cost(max(self.first - step, 0.0), step, now - self.last)
-        self.last, self.stage = now, None
-        return real
-
-    def left(self, now: float) -> float | None:
-        """Return the seconds left, or None while nothing is known."""
-        # A few steps weigh nothing against a calibration; where there is none they are all there is.
-        trust = 0.05 * self.total if self.calibrated else 0.0
-        if self.expected + trust <= 0:
-            return None
-        pace = (self.last - self.began + trust) / (self.expected + trust)
-        rest = current = 0.0
-        if self.stage:
-            cost, ahead = self.costs[self.stage], self.steps[self.stage] - self.done
-            stage_pace = (self.timed + 2 * pace * cost.step) / ((self.timed_steps + 2) * cost.step)
-            rest = ahead * cost.step * stage_pace + cost.finish * pace + (0 if self.done else cost.setup * pace)
-            current = cost.step * stage_pace + (0 if self.done else cost.setup * pace) if ahead else cost.finish * pace
-        for stage in STAGES[self.reached :]:
-            rest += self.costs[stage].total(self.steps[stage]) * pace
-        # Between two steps the time runs on, but no further than to the end of this one.
-        return rest - min(now - self.last, current)
-
-    def share(self, now: float) -> float:
-        """Return how much of the time is over, 0 to 1; it never falls."""
-        left = self.left(now)
-        if left is not None:
-            over = now - self.began
-            self.shown = max(self.shown, min(over / max(over + left, 1e-9), 0.999))
-        return self.shown
+        ended = self.phase, Cost(max(self.first - step, 0.0), step, now - self.last)
+        self.last, self.phase = now, None
+        return ended
 
 
-def measure(pipeline: Show1Pipeline, stage: str) -> Iterator[Cost | None]:
-    """Run a few steps of a stage on noise, yielding None after each, then the Cost; to break off, stop asking."""
-    cascade = pipeline.cascade
-    table = getattr(cascade, stage)
-    frames = (SEGMENT - 1) * (cascade.keyframes.frames - 1) + 1
-    height, width = cascade.keyframes.height, cascade.keyframes.width
-    unet = pipeline.keyframes.unet
-    settings = cascade.stream_settings(stage) | {"steps": max(table.steps, 5), "seed": 0}
-    settings.pop("schedule", None)  # which is for its own number of steps
+def rehearse(pipeline: Show1Pipeline, calibration: Calibration) -> Iterator[float]:
+    """Make a video of a few steps and learn from it; yield the seconds left after each. To break off, stop asking."""
+    cascade, device = _short(pipeline.cascade), pipeline.keyframes._execution_device
+    forecast = Forecast(cascade, None, time.monotonic())
+    with tempfile.TemporaryDirectory() as folder:
+        for event in pipeline.with_cascade(cascade).stream("a cat", seed=0, path=Path(folder, "video.mp4")):
+            wait_for(device)
+            if learned := forecast.follow(event, time.monotonic()):
+                calibration.learn(pipeline.cascade, *learned)
+            if (left := forecast.left(time.monotonic())) is not None:
+                yield left
 
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.rand(1, 3, *shape).to(unet.device, unet.dtype) * 2 - 1
 
-    text = pipeline.keyframes.encode("")
-    if stage == "keyframes":
-        stream = pipeline.keyframes.stream(text, **settings)
-    elif stage == "interpolation":
-        stream = pipeline.interpolation.stream(text, noise(cascade.keyframes.frames, height, width), **settings)
-    elif stage == "first_frame":
-        stream = pipeline.pixel_upscale.stream_first_frame(text, noise(height, width), **settings)
-    elif stage == "pixel_upscale":
-        first_frame = noise(SCALE * height, SCALE * width)
-        clip = noise(min(WINDOW, frames), height, width)
-        stream = pipeline.pixel_upscale.stream(text, clip, first_frame, **settings)
-    else:
-        text = pipeline.latent_upscale.encode("", table.negative_prompt)
-        clip = noise(frames, SCALE * height, SCALE * width)
-        stream = pipeline.latent_upscale.stream(text, clip, **settings | {"strength": 1.0})
-
-    seconds = []
-    for _ in range(5):
-        started = time.monotonic()
-        step = next(stream)
-        float(step.clean.float().mean())  # a GPU works behind our back until it is asked for a number
-        seconds.append(time.monotonic() - started)
-        yield None
-        if len(seconds) > 1 and sum(seconds) > 1:
-            break
-    stream.close()
-    cost = statistics.median(seconds[1:])  # the first one also warms up the device
-    if stage != "latent_upscale":
-        yield Cost(0.0, cost, 0.0)
-        return
-    started = time.monotonic()
-    float(pipeline.latent_upscale.decode(step.clean[:, :, :1]).float().mean())
-    decoding = frames * (time.monotonic() - started)
-    yield Cost(max(seconds[0] - cost, 0.0), cost, decoding)
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done what it was given: a GPU works behind our back, and may be many steps behind."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -241,13 +240,52 @@ def write_atomically(file: Path, text: str) -> None:
     os.replace(part, file)
 
 
-def _key(cascade: Cascade, stage: str) -> str:
-    """Return what a stage's cost depends on, beside the device."""
-    table, first = getattr(cascade, stage), cascade.keyframes
-    size = f"{first.frames}x{first.height}x{first.width}"
-    if stage == "latent_upscale":
-        size += f" to {table.height}x{table.width}"
-    guidance = getattr(table, "guidance_interval", None) or "always" if table.guidance > 1 else "never"
-    return (
-        f"{stage} {table.model} {size}, guided {guidance}, features reused {getattr(table, 'reuse', None) or 'never'}"
-    )
+def _short(cascade: Cascade) -> Cascade:
+    """Return the cascade with no more steps than show what one costs."""
+    changes = {}
+    for stage in STAGES:
+        table = getattr(cascade, stage)
+        steps = {"steps": min(table.steps, 1 + max(getattr(table, "reuse", None) or 0, 2))}
+        if stage == "first_frame":
+            steps["schedule"] = None  # which is for its own number of steps
+        elif stage == "pixel_upscale":
+            steps["steps"] = min(table.steps, table.reuse or 1)  # in each of its windows
+        elif stage == "latent_upscale":
+            steps |= {"steps": min(int(table.steps * table.strength), steps["steps"]), "strength": 1.0}
+        changes[stage] = dataclasses.replace(table, **steps)
+    return dataclasses.replace(cascade, **changes)
+
+
+def _times(cost: Cost, factor: float) -> Cost:
+    return Cost(cost.setup * factor, cost.step * factor, cost.finish * factor)
+
+
+def _frames(cascade: Cascade) -> int:
+    return (SEGMENT - 1) * (cascade.keyframes.frames - 1) + 1
+
+
+def _key(cascade: Cascade, phase: str) -> str:
+    """Return what a phase's cost depends on, beside the device."""
+    return f"{_place(cascade, phase)} at {_work(cascade, phase):.2f}"
+
+
+def _place(cascade: Cascade, phase: str) -> str:
+    first, last = cascade.keyframes, cascade.latent_upscale
+    small, large = f"{first.frames}x{first.height}x{first.width}", f"{last.height}x{last.width}"
+    if phase == "prompt":
+        return f"prompt {first.model}"
+    if phase == "file":
+        return f"file {first.frames}x{large}"
+    place = f"{phase} {getattr(cascade, phase).model} {small}"
+    return f"{place} to {large}" if phase == "latent_upscale" else place
+
+
+def _work(cascade: Cascade, phase: str) -> float:
+    """Return how many whole calls of its UNet for one clip a step of a stage is worth, on average."""
+    if phase not in STAGES:
+        return 1.0
+    table = getattr(cascade, phase)
+    low, high = table.guidance_interval or (0, 999)
+    calls = 1 + (high - low + 1) / 1000 if table.guidance > 1 else 1.0
+    reuse = getattr(table, "reuse", None) or 1
+    return calls * (1 + (reuse - 1) * (1 - DEEP)) / reuse

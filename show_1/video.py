@@ -49,11 +49,12 @@ def from_uint8(frames) -> torch.Tensor:
     return (stack.permute(3, 0, 1, 2)[None] / 127.5) - 1
 
 
-def write(path: str | Path, frames: np.ndarray, fps: int, metadata: dict[str, Any]) -> None:
+def write(path: str | Path, frames: np.ndarray, fps: int, metadata: dict[str, Any], *, effort: str = "medium") -> None:
     """Write frames (frames, height, width, 3), uint8 RGB, as H.264 in MP4; `path` appears only when it is complete.
 
     `metadata` (anything JSON can hold) comes back from `read_metadata`, with "program" added; "prompt", if in it,
-    becomes the video's title. The same input gives the same bytes.
+    becomes the video's title. `effort` is one of x264's presets: with less of it the file is larger and sooner there.
+    The same input gives the same bytes.
 
     Raises Show1Error for an odd height or width, a folder that is missing, full or not writable, and if ffmpeg fails.
     """
@@ -77,7 +78,7 @@ def write(path: str | Path, frames: np.ndarray, fps: int, metadata: dict[str, An
             *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "pipe:0"),
             *("-f", "ffmetadata", "-i", f"file:{tags}", "-map", "0:v", "-map_metadata", "1"),
             *("-vf", f"{TO_BT709},{TAGGED_BT709}"),
-            *("-c:v", "libx264", "-crf", "17", "-pix_fmt", "yuv420p", "-movflags", "+faststart"),
+            *("-c:v", "libx264", "-preset", effort, "-crf", "17", "-pix_fmt", "yuv420p", "-movflags", "+faststart"),
             # No versions in the file, and no number of threads that shapes it.
             *("-fflags", "+bitexact", "-flags:v", "+bitexact", "-threads", "1"),
             f"file:{video}",

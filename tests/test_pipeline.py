@@ -137,14 +137,18 @@ def test_mini_in_half_precision_is_within_40_db(dtype):
 
 def test_events_in_order_with_previews(pipeline, result, tmp_path):
     path = tmp_path / "video.mp4"
-    events = list(pipeline.stream(tiny.PROMPT, seed=tiny.SEED, path=path, previews=True))
+    events, previews = [], []
+    for event in pipeline.stream(tiny.PROMPT, seed=tiny.SEED, path=path):
+        events.append(event)
+        if isinstance(event, StepDone):
+            previews.append(event.preview())
     assert [e.stage for e in events if isinstance(e, StageStart)] == STAGES
     assert [e.stage for e in events if isinstance(e, Clip)] == STAGES
     assert [e.steps for e in events if isinstance(e, StageStart)] == [3, 2, 2, 5 * 2 - 2, 3]
     for stage in STAGES:
         steps = [e for e in events if isinstance(e, StepDone) and e.stage == stage]
         assert [e.step for e in steps] == list(range(1, steps[0].steps + 1))
-        assert all(e.preview.dtype == np.uint8 and e.preview.ndim == 4 for e in steps)
+    assert all(preview.dtype == np.uint8 and preview.ndim == 4 for preview in previews)
     assert isinstance(events[-1], Video)
     assert np.array_equal(events[-1].frames, result.frames)  # looking on changes nothing
     clips = {e.stage: e.frames.shape for e in events if isinstance(e, Clip)}

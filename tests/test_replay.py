@@ -37,7 +37,7 @@ def test_the_same_frames_come_out(made, tiny_cascade, tmp_path, capsys):
 def test_a_stopped_video_too(pipeline, tiny_cascade, tmp_path, capsys):
     clip = next(event for event in pipeline.stream("a cat", seed=7) if isinstance(event, Clip))
     settings = pipeline.settings("a cat", 7) | {"stopped_after": "keyframes"}
-    video.write(tmp_path / "stopped.mp4", *clip_frames(clip, pipeline.cascade), settings)
+    video.write(tmp_path / "stopped.mp4", *clip_frames("keyframes", clip.frames, pipeline.cascade), settings)
     assert replay.main([str(tmp_path / "stopped.mp4"), "--cascade", str(tiny_cascade)]) == 0
 
 

@@ -1,0 +1,195 @@
+"""What the page costs: against the command, until it can be used, from a cancel to the next job, and its time left.
+
+`python -m benchmarks.page` needs requirements-dev.txt, Chromium, and a computer with nothing else to do.
+"""
+
+import argparse
+import json
+import multiprocessing
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "a panda jumping in the snow"
+PATIENCE = 3600  # seconds; a guard against hanging
+QUARTERS = (0.25, 0.5, 0.75)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description=__doc__.splitlines()[0])
+    parser.add_argument("--cascade", default="mini")
+    parser.add_argument("--rounds", type=int, default=5, help="videos each way, and time-left runs; default: 5")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="keep the figures there")
+    arguments = parser.parse_args()
+
+    figures: dict[str, Any] = {"cascade": arguments.cascade}
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        with tempfile.TemporaryDirectory() as folder, serve(arguments.cascade, Path(folder)) as url:
+            figures["usable_seconds"] = until_usable(browser, url)
+            # Asked at once, while the models load: the very first run of this computer.
+            figures["time_left"] = [time_left(url)]
+            figures["time_left"] += [time_left(url) for _ in range(max(arguments.rounds - 1, 1))]
+            figures["cancel_to_next_step_seconds"] = cancel_to_next_step(browser, url)
+            figures |= against_the_command(arguments.cascade, arguments.rounds, browser, url, Path(folder))
+        browser.close()
+
+    print(f"usable after the server answers: {figures['usable_seconds']:.2f} s")
+    print(f"from cancel to the next job's first step: {figures['cancel_to_next_step_seconds']:.2f} s")
+    print(f"a video by the command: {figures['command_seconds']:.2f} s, by the page: {figures['page_seconds']:.2f} s")
+    print(f"page to command: {figures['page_to_command']:.3f}")
+    print("time left told, against the true rest, at a quarter, half and three quarters of the way:")
+    for number, errors in enumerate(figures["time_left"], 1):
+        print(f"  run {number}: {', '.join('none' if e is None else f'{100 * e:+.0f} %' for e in errors)}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+@contextmanager
+def serve(cascade: str, folder: Path) -> Iterator[str]:
+    """Start the app with an empty output folder, yield its address once it answers, end it."""
+    command = [sys.executable, "-u", ROOT / "app.py", "--cascade", cascade, "--output-dir", folder, "--no-share"]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        yield next(found[0] for line in server.stdout if (found := re.search(r"http://127\S+", line)))
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def until_usable(browser: Browser, url: str) -> float:
+    """Return the seconds from the server's first answer until a prompt can be typed and the page says how it is."""
+    while not _answers(url):
+        time.sleep(0.02)
+    started = time.monotonic()
+    page = _open(browser, url)
+    page.get_by_label("Prompt", exact=True).fill("a")
+    seconds = time.monotonic() - started
+    page.close()
+    return seconds
+
+
+def time_left(url: str) -> list[float | None]:
+    """Ask for a video by the endpoint; return how far the time left was off at each of QUARTERS, as a share."""
+    started = time.monotonic()
+    told = [(time.monotonic() - started, status["seconds_left"]) for status in call(url)]
+    total = told[-1][0]
+    errors = []
+    for quarter in QUARTERS:
+        at, rest = quarter * total, (1 - quarter) * total
+        when, left = next(((when, left) for when, left in reversed(told) if when <= at), (0, None))
+        errors.append(None if left is None else (left - (at - when)) / rest - 1)
+    return errors
+
+
+def call(url: str) -> Iterator[dict[str, Any]]:
+    """Ask for a video by plain HTTP and yield each status as it is told."""
+    url = f"{url}/gradio_api/call/v2/show-1"
+    body = json.dumps({"prompt": PROMPT}).encode()
+    event = json.load(urlopen(Request(url, body, {"Content-Type": "application/json"})))["event_id"]
+    with urlopen(f"{url}/{event}", timeout=PATIENCE) as answer:
+        for line in answer:
+            if line.startswith(b"data: ["):
+                yield json.loads(line.removeprefix(b"data: "))[3]
+
+
+def cancel_to_next_step(browser: Browser, url: str) -> float:
+    """Return the seconds from a click on Cancel until the next one in the queue has done a step."""
+    page = _open(browser, url)
+    page.get_by_role("button", name="Advanced").click()
+    page.get_by_label("Keyframes: steps").fill("900")
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_label("Prompt", exact=True).press("Enter")
+    page.locator("#status").get_by_text("Stage 1 of 5").wait_for()
+    waiting = call(url)
+    next(waiting)
+    started = time.monotonic()
+    page.get_by_role("button", name="Cancel", exact=True).click()
+    next(status for status in waiting if re.search(r", step [1-9]", status["text"]))
+    seconds = time.monotonic() - started
+    for _ in waiting:
+        pass
+    page.close()
+    return seconds
+
+
+def against_the_command(cascade: str, rounds: int, browser: Browser, url: str, folder: Path) -> dict[str, Any]:
+    """Make videos in turns by the command's engine and on the page, both warm, a browser looking on; medians."""
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    command = multiprocessing.get_context("spawn").Process(target=_command, args=(theirs, cascade), daemon=True)
+    command.start()
+    page = _open(browser, url)
+    ways: dict[str, list[float]] = {"command": [], "page": []}
+    for seed in range(rounds + 1):  # the first one warms up
+        ours.send((seed, str(folder / "command.mp4")))
+        ways["command"].append(ours.recv())
+        ways["page"].append(_on_the_page(page, seed, folder))
+    ours.send(None)
+    command.join()
+    medians = {f"{way}_seconds": statistics.median(seconds[1:]) for way, seconds in ways.items()}
+    return medians | {"page_to_command": medians["page_seconds"] / medians["command_seconds"], "rounds": ways}
+
+
+def _command(pipe: Connection, cascade: str) -> None:
+    """What `python -m show_1` does once its models are loaded, as often as it is asked."""
+    from show_1 import Show1Pipeline
+
+    pipeline = Show1Pipeline.from_cascade(cascade)
+    while request := pipe.recv():
+        started = time.monotonic()
+        pipeline(PROMPT, seed=request[0], path=request[1])
+        pipe.send(time.monotonic() - started)
+
+
+def _on_the_page(page: Page, seed: int, folder: Path) -> float:
+    """Ask for a video on the page, wait until it plays, return the seconds that the server took for it."""
+    page.get_by_label("Seed", exact=True).fill(str(seed))
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    before = page.url
+    page.get_by_label("Prompt", exact=True).press("Enter")
+    page.wait_for_function("before => location.href !== before", arg=before)
+    job = page.url.partition("?job=")[2]
+    record = folder / "jobs" / job / "job.json"
+    while json.loads(record.read_text())["state"] in ("waiting", "running"):
+        time.sleep(0.1)
+    page.wait_for_function(
+        "job => { const video = document.querySelector('#screen video');"
+        " return video?.src.includes(job) && video.currentTime > 0; }",
+        arg=job,
+    )
+    # What is done beside must not run into the other way's time.
+    page.locator(f"#downloads a[href*='{job}/video.gif']").wait_for()
+    return json.loads(record.read_text())["seconds"]
+
+
+def _open(browser: Browser, url: str) -> Page:
+    page = browser.new_page()
+    page.set_default_timeout(1000 * PATIENCE)
+    page.goto(url)
+    page.locator("#status [role=status]").get_by_text(re.compile(".")).wait_for()
+    return page
+
+
+def _answers(url: str) -> bool:
+    try:
+        return urlopen(url).status == 200
+    except (URLError, ConnectionError):
+        return False
+
+
+if __name__ == "__main__":
+    main()

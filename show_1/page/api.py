@@ -1,0 +1,83 @@
+"""The same jobs for programs: gradio_client, plain HTTP, and assistants by MCP."""
+
+import asyncio
+import html
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gradio as gr
+from gradio import processing_utils
+
+from show_1.cascade import STAGES
+from show_1.jobs import CANCELLED, FAILED, Jobs
+from show_1.page import form, views
+
+# Our videos are. Gradio would ask an ffprobe, and fail where there is an ffmpeg without one.
+processing_utils.video_is_playable = lambda path: True
+
+
+def add_endpoint(jobs: Jobs) -> None:
+    """Let programs make videos, through the same queue; to be called inside the page's Blocks."""
+
+    async def show_1(
+        prompt: str,
+        seed: str | None = None,
+        settings: dict[str, Any] | None = None,
+        preset: str | None = None,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008  (Gradio wants it so)
+    ) -> AsyncIterator[tuple]:
+        """Make a silent three-second video (MP4) from a text prompt, with the Show-1 text-to-video cascade.
+
+        It takes from seconds to several minutes, depending on the computer, and tells its progress meanwhile. Returns
+        the video, the seed, the settings that made it, and a status.
+
+        Args:
+            prompt: What the video should show, in English; best one subject, motion and place: "a panda in the snow".
+            seed: A whole number from 0 on, for the same video again; leave it out for a new one each time.
+            settings: Changes to stages, such as {"keyframes": {"steps": 20}}; the stages are STAGES.
+            preset: Which settings to start from: PRESETS. Leave it out for the first.
+        """
+        visitor, job = secrets.token_urlsafe(24), None
+        try:
+            with form.told():
+                job = await asyncio.to_thread(
+                    jobs.submit, visitor, prompt, form.seed(seed), settings, preset or None, called=True
+                )
+            changed = told_at = None
+            while not job.ended:
+                now = asyncio.get_running_loop().time()
+                if changed != job.changed or now - told_at >= 1:  # the time runs on between two steps too
+                    changed, told_at = job.changed, now
+                    status = views.report(jobs, job)
+                    progress((round(100 * status["share"]), 100), desc=status["text"], unit="%")
+                    yield None, str(job.seed), None, status
+                await asyncio.sleep(0.1)
+            if job.state in (FAILED, CANCELLED):
+                raise gr.Error(html.escape(job.fault or "It was cancelled.", quote=False), print_exception=False)
+            yield str(jobs.result(job)), str(job.seed), job.settings, views.report(jobs, job)
+        finally:
+            if job and not job.ended:
+                jobs.cancel(visitor, job)  # who asked has gone: nobody else could fetch it
+
+    for word, names in (("PRESETS", jobs.presets), ("STAGES", STAGES)):  # an argument's description is one line
+        show_1.__doc__ = show_1.__doc__.replace(word, ", ".join(names))
+    changes = gr.JSON(label="Settings", visible=False)
+    changes.api_info = lambda: {"type": "object", "description": "changes to the stages"}  # Gradio's is no JSON schema
+    gr.Button(visible=False).click(
+        show_1,
+        [
+            gr.Textbox(label="Prompt", visible=False),
+            gr.Textbox(label="Seed", visible=False),
+            changes,
+            gr.Textbox(label="Preset", visible=False),
+        ],
+        [
+            gr.Video(label="Video", visible=False),
+            gr.Textbox(label="Seed", visible=False),
+            gr.JSON(label="Settings", visible=False),
+            gr.JSON(label="Status", visible=False),
+        ],
+        api_name="show-1",
+        concurrency_limit=None,
+    )

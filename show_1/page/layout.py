@@ -1,0 +1,248 @@
+"""The page's layout and what its controls do."""
+
+import asyncio
+import math
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from show_1.errors import Show1Error
+from show_1.jobs import Job, Jobs
+from show_1.page import form, views
+from show_1.page.api import add_endpoint
+from show_1.pipeline import draw_seed
+from show_1.replay import differences, here, read
+
+# The page looks at a job when there is news of it, or after a pause; TICK lies between a look and the next waiting.
+TICK, PAUSE, IDLE_PAUSE = 0.2, 0.5, 0.8
+TELL_ALL = 10  # seconds after which all is told anew, changed or not
+HERE = Path(__file__).parent
+FONTS = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # none from the web
+STYLE = {  # for `gr.Blocks.launch`
+    "theme": gr.themes.Base(primary_hue="indigo", neutral_hue="zinc", **FONTS),
+    # In the head, as Gradio would rewrite the selectors of what it takes as `css`.
+    "head": f"<style>{(HERE / 'page.css').read_text()}</style><script>{(HERE / 'page.js').read_text()}</script>",
+}
+
+# The address of the page says which job it shows. So a reload, the back button and another browser all find it.
+WITH_JOB = "(job, ...others) => [show1.job(), ...others]"
+GO_TO_JOB = "job => show1.goTo(job)"
+
+
+def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
+    """Return the page; `notes` are sentences for its top, which may come later."""
+    names = [(preset.name, name) for name, preset in jobs.presets.items()]
+    default = names[0][1]
+
+    def submit(job: str, visitor: str | None, prompt: str, seed: str, preset: str, *advanced: str):
+        visitor = visitor or _new_visitor()
+        with form.told():
+            made = jobs.submit(visitor, prompt or "", form.seed(seed), form.changes(advanced), preset)
+            return made.id, visitor
+
+    def again(id: str, visitor: str | None):
+        visitor = visitor or _new_visitor()
+        with form.told():
+            job = _known(jobs, id)
+            return jobs.submit(visitor, job.prompt, None, job.changes, job.preset).id, visitor
+
+    def again_with(id: str, visitor: str | None, preset: str):
+        visitor = visitor or _new_visitor()
+        with form.told():
+            job = _known(jobs, id)
+            return jobs.submit(visitor, job.prompt, job.seed, None, preset).id, visitor
+
+    def cancel(id: str, visitor: str | None) -> None:
+        with form.told():
+            jobs.cancel(visitor or "", _known(jobs, id))
+
+    def stop(id: str, visitor: str | None) -> None:
+        with form.told():
+            jobs.stop(visitor or "", _known(jobs, id))
+
+    def reuse(id: str):
+        with form.told():
+            job = _known(jobs, id)
+            preset = job.preset if job.preset in jobs.presets else default
+            return job.prompt, str(job.seed), preset, *form.texts(job.changes)
+
+    def reuse_seed(id: str):
+        job = jobs.get(id)
+        return str(job.seed) if job else gr.skip()
+
+    def choose(preset: str):
+        """Show what a preset's settings are, and what can be asked of it."""
+        cascade = jobs.presets[preset]
+        return views.examples(cascade), *(gr.update(placeholder=text) for text in form.placeholders(cascade))
+
+    def restore(file: str):
+        """Bring the settings of a video of ours back into the form, and say whether it can be made again here."""
+        try:
+            settings = read(file)
+            preset, changes, kept = form.fitting(jobs, settings)
+        except Show1Error as error:  # told here: an event that fails marks all that it was to fill in as failed
+            return None, *[gr.skip()] * (3 + len(fields)), views.line(str(error))
+        engine = jobs.engine_for(preset)
+        other = differences(settings, here(jobs.presets[preset], engine.device, engine.pipeline), kept)
+        if other:
+            line = f"The settings are back. Other frames are to be expected here: {'; '.join(other)}."
+        else:
+            line = "The settings are back, and the same frames can be expected here."
+        if engine.pipeline is None:
+            line += " (The weights could not be compared, as the models are not loaded.)"
+        if stage := settings.get("stopped_after"):
+            line += f" It was stopped after the {form.words(str(stage))}: stop there to get the same clip."
+        return None, settings["prompt"], str(settings["seed"]), preset, *form.texts(changes), views.line(line)
+
+    def enter(id: str, visitor: str | None):
+        """Give a new visitor a secret; show the job that a visitor has at work, where the address names none."""
+        visitor = visitor if isinstance(visitor, str) and len(visitor) > 20 else _new_visitor()
+        at_work = [job.id for job in jobs.of(visitor) if not job.ended]
+        return visitor, "" if id else (at_work or [""])[-1]
+
+    async def wait_for_news(id: str, seen: dict) -> None:
+        """Return when there is something to look at that should not wait, or after a while."""
+        job, started = jobs.get(id), time.monotonic()
+        patience = PAUSE if (job and not job.ended) or jobs.engine.preparation else IDLE_PAUSE
+        while seen.get("news") == (id, _news(job)) and time.monotonic() - started < patience:
+            await asyncio.sleep(0.05)
+
+    async def look(id: str, visitor: str | None, seen: dict):
+        """Say what has changed since the last look; most of the page stays as it is."""
+        job, now = jobs.get(id), time.monotonic()
+        if job and not job.ended:
+            jobs.watch(job)
+        new = views.view(jobs, id, job, visitor or "") | {"banner": {"value": "\n\n".join(notes)}}
+        if now - seen.get("all_told", -math.inf) > TELL_ALL:
+            seen.clear()  # an answer may have been lost with the connection
+            seen["all_told"] = now
+        told = [gr.skip() if seen.get(part) == new[part] else gr.update(**new[part]) for part in parts]
+        seen |= new | {"news": (id, _news(job))}
+        return told
+
+    with gr.Blocks(title="Show-1: text to video", delete_cache=(86_400, 86_400)) as page:
+        _html(views.header(jobs.engine.cascade, jobs.engine.device), elem_id="header")
+        banner = gr.Markdown(elem_id="banner")
+        visitor = gr.BrowserState(storage_key="show-1-visitor", secret="show-1")  # a fixed one outlives a restart
+        shown, new_job = gr.Textbox(visible=False), gr.Textbox(visible=False)
+        seen = gr.State({})
+        with gr.Row(elem_id="main"):
+            with gr.Column(scale=2, min_width=320, elem_id="form"):
+                prompt = gr.Textbox(
+                    label="Prompt",
+                    placeholder="What should it show?",
+                    max_lines=4,
+                    autofocus=True,
+                    elem_id="prompt",
+                )
+                submit_button = gr.Button("Make the video", variant="primary", size="lg")
+                examples = _html(views.examples(jobs.engine.cascade), elem_id="examples")
+                preset = gr.Radio(names, value=default, label="Preset", visible=len(names) > 1, elem_id="preset")
+                with gr.Row(elem_id="seed"):
+                    # No gr.Number: it shows 0 where it has no value, and rounds. And no buttons of the box itself: they
+                    # would be part of its name for a screen reader.
+                    seed = gr.Textbox(
+                        label="Seed", placeholder="A new one each time", max_lines=1, scale=3, min_width=100
+                    )
+                    random_seed = gr.Button("Random", size="sm", scale=1, min_width=60)
+                    same_seed = gr.Button("Reuse", size="sm", scale=1, min_width=60)
+                with gr.Accordion("Advanced", open=False):
+                    fields = form.fields()
+                for box, text in zip(fields, form.placeholders(jobs.engine.cascade), strict=True):
+                    box.placeholder = text
+                with gr.Accordion("Settings from a video", open=False):
+                    dropped = gr.File(
+                        label="Drop an MP4 that was made here", file_types=[".mp4"], height=140, elem_id="drop"
+                    )
+                    told = _html(elem_id="told")
+            with gr.Column(scale=3, min_width=320, elem_id="job"):
+                screen = _html(elem_id="screen")
+                status = _html(elem_id="status")
+                progress = _html(elem_id="progress")
+                with gr.Row(visible=False, elem_classes="actions") as offer:
+                    _html("<p class='note'>Mini, a small stand-in that comes with the program, runs meanwhile.</p>")
+                    offer_button = gr.Button("Use Mini meanwhile", size="sm", min_width=140)
+                with gr.Row(visible=False, elem_classes="actions") as at_work:
+                    stop_button = gr.Button("Stop here", visible=False, size="sm", min_width=90)
+                    cancel_button = gr.Button("Cancel", variant="stop", size="sm", min_width=90)
+                    notify_button = gr.Button("Notify me", size="sm", min_width=90)
+                downloads = _html(elem_id="downloads")
+                with gr.Column(visible=False, elem_id="ended") as ended:
+                    with gr.Row(elem_classes="actions"):
+                        again_button = gr.Button("Again with another seed", size="sm", min_width=150)
+                        reuse_button = gr.Button("Edit these settings", size="sm", min_width=150)
+                    with gr.Row(elem_classes="actions", visible=len(names) > 1):
+                        other_preset = gr.Dropdown(
+                            names, value=default, label="Preset for another try", container=False, min_width=150
+                        )
+                        again_with_button = gr.Button("Again with this preset", size="sm", min_width=150)
+                clips = _html(elem_id="clips")
+                settings = _html(elem_id="settings")
+        gallery = _html(elem_id="gallery")
+
+        private = {"api_visibility": "private", "show_progress": "hidden"}
+        # Outside Gradio's queue nothing tells of an error: right for a look while the server is away, and for no more.
+        at_once = private | {"queue": False}
+        parts = {
+            "banner": banner,
+            "status": status,
+            "screen": screen,
+            "progress": progress,
+            "offer": offer,
+            "at_work": at_work,
+            "stop": stop_button,
+            "downloads": downloads,
+            "ended": ended,
+            "clips": clips,
+            "settings": settings,
+            "gallery": gallery,
+        }
+        on_look = {"inputs": [shown, visitor, seen], "outputs": list(parts.values()), "js": WITH_JOB} | at_once
+        page.load(enter, [shown, visitor], [visitor, new_job], js=WITH_JOB, **at_once).then(
+            None, new_job, js=GO_TO_JOB, **private
+        ).then(look, **on_look)
+        # In two events, since what is an output of one that waits would be animated by Gradio all the while.
+        gr.Timer(TICK).tick(wait_for_news, [shown, seen], js=WITH_JOB, **at_once).then(look, **on_look)
+        ways = [submit_button.click, prompt.submit, seed.submit, *(field.submit for field in fields)]
+        for asked, act, inputs in (
+            (ways, submit, [shown, visitor, prompt, seed, preset, *fields]),
+            ([again_button.click], again, [shown, visitor]),
+            ([again_with_button.click], again_with, [shown, visitor, other_preset]),
+        ):
+            gr.on(asked, act, inputs, [new_job, visitor], js=WITH_JOB, **private).success(
+                None, new_job, js=GO_TO_JOB, **private
+            ).then(look, **on_look)
+        cancel_button.click(cancel, [shown, visitor], js=WITH_JOB, **private)
+        stop_button.click(stop, [shown, visitor], js=WITH_JOB, **private)
+        notify_button.click(None, js="() => show1.askToNotify()", **private)
+        offer_button.click(lambda: "mini", outputs=preset, **at_once)
+        preset.change(choose, preset, [examples, *fields], **at_once)
+        random_seed.click(lambda: str(draw_seed()), outputs=seed, **at_once)
+        same_seed.click(reuse_seed, shown, seed, js=WITH_JOB, **private)
+        reuse_button.click(reuse, shown, [prompt, seed, preset, *fields], js=WITH_JOB, **private)
+        dropped.upload(restore, dropped, [dropped, prompt, seed, preset, *fields, told], **private)
+
+        add_endpoint(jobs)
+    return page.queue(default_concurrency_limit=None)
+
+
+def _html(value: str = "", **settings: Any) -> gr.HTML:
+    return gr.HTML(value, apply_default_css=False, **settings)
+
+
+def _news(job: Job | None) -> tuple | None:
+    """Return what a visitor wants to hear of at once; steps and times are no news."""
+    return job and (job.state, job.stage, job.wish, len(job.clips), len(job.notices))
+
+
+def _new_visitor() -> str:
+    return secrets.token_urlsafe(24)
+
+
+def _known(jobs: Jobs, id: str) -> Job:
+    if job := jobs.get(id):
+        return job
+    raise Show1Error("No video is shown.", "Make one, or choose one of yours below.")
