@@ -418,7 +418,7 @@ def pixel_stage(
 
 def pictures_stage(device: torch.device) -> Stage:
     unet = models.picture_unet("keyframes").to(memory_format=torch.channels_last)
-    _start_from(unet, RUNS / "pictures")
+    _start_from(unet, MINI / "show-1-base" / "unet")
     return pixel_stage(unet, pictures, "../../training/runs/pictures", device, around(0.4, 1.2))
 
 
