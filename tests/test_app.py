@@ -375,8 +375,8 @@ def test_mini_is_offered_while_the_models_are_fetched(tiny_cascade, tmp_path, br
     (tmp_path / "elsewhere").mkdir()
     cascade = shutil.copy(tiny_cascade, tmp_path / "elsewhere")  # no models beside it: they come from the hub
     hub = Hub(tiny_cascade.parent)
-    hub.pause = 15
-    environment = hub.environment(tmp_path / "home") | {"HF_HUB_DOWNLOAD_TIMEOUT": "600"}
+    hub.pause = 8
+    environment = hub.environment(tmp_path / "home") | {"HF_HUB_DOWNLOAD_TIMEOUT": "60"}
     with serve(cascade, tmp_path, environment=environment) as server:
         page = visit(browser, server, "/?")
         wait_for(page, "Fetching the models")
