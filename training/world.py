@@ -61,7 +61,7 @@ class Place:
 class Motion:
     path: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
     wordings: str  # "jumping/jumps"
-    faces: int = 0  # the side an object that looks sideways turns to; 0: either
+    faces: int = 0  # the side an object that looks sideways turns to; 0: as it is drawn
 
 
 OBJECTS = {
