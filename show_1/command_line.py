@@ -78,8 +78,7 @@ def _run(arguments: argparse.Namespace) -> None:
         outs.append(arguments.out or _free_name(prompt, seed, outs))
         check_request(prompt, seed, outs[-1])
     if arguments.save_stages is not None:
-        _save_tensors({}, arguments.save_stages)  # to fail now rather than at the end
-        arguments.save_stages.unlink()
+        _save_tensors({}, arguments.save_stages, only_try=True)  # to fail now rather than at the end
 
     if cascade.about:
         print(cascade.about.note, file=sys.stderr)
@@ -117,12 +116,15 @@ def _free_name(prompt: str, seed: int, taken: Sequence[Path]) -> Path:
     return next(OUTPUTS / name for name in names if not (OUTPUTS / name).exists() and OUTPUTS / name not in taken)
 
 
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file; it appears only when it is complete."""
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path, only_try: bool = False) -> None:
+    """Write a safetensors file; it appears only when it is complete. With `only_try`, see whether that can be done."""
+    if path.is_dir():
+        raise Show1Error(f"{path} is a folder.", "Give the name of a file in it, like stages.safetensors.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-        os.replace(temporary, path)
+        if not only_try:
+            os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise Show1Error(
             f"{path.name} cannot be written to the folder {path.parent.absolute()}: {error}.",

@@ -12,7 +12,7 @@ import torch
 from show_1.cascade import BUNDLED, STAGES, Cascade
 from show_1.errors import Show1Error
 from show_1.hub import Progress
-from show_1.pipeline import Show1Pipeline
+from show_1.pipeline import Show1Pipeline, default_dtype
 from show_1.timing import LOADING_SPEED, Calibration, device_name, rehearse
 
 PATIENCE = 10.0  # seconds that a visitor who waits already gives to the trying out
@@ -57,8 +57,7 @@ class Engine:
         self.presets = presets(cascade)
         self.pipeline: Show1Pipeline | None = None
         self.preparation: Preparation | None = Preparation("loading", "Loading the models", time.monotonic())
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
-        self.calibration = Calibration(calibration, device_name(device, dtype))
+        self.calibration = Calibration(calibration, device_name(device, default_dtype(device)))
 
     def load(self) -> None:
         """Fetch and load the models; raises Show1Error, or whatever else keeps them from loading."""

@@ -1,5 +1,6 @@
 """Prompt in, video out: the chain of stages, told as it happens."""
 
+import itertools
 import math
 import platform
 import secrets
@@ -25,6 +26,7 @@ from show_1.stages import (
     InterpolationPipeline,
     KeyframesPipeline,
     LatentUpscalePipeline,
+    Pause,
     PixelUpscalePipeline,
     Step,
     window_starts,
@@ -89,7 +91,7 @@ class Video:
     tensors: dict[str, torch.Tensor]
 
 
-Event = Notice | StageStart | StepDone | Clip | Video
+Event = Notice | StageStart | StepDone | Pause | Clip | Video
 
 
 class Show1Pipeline:
@@ -178,7 +180,7 @@ class Show1Pipeline:
         seed: int | Sequence[int] | None = None,
         path: str | Path | Sequence[str | Path] | None = None,
     ) -> Iterator[Event]:
-        """Yield what happens as it happens: stage starts, steps, each stage's clip, at last the Video.
+        """Yield what happens as it happens: stage starts, steps, pauses, each stage's clip, at last the Video.
 
         Several prompts run through the stages as one batch, as many at once as the memory allows, and a Video of each
         comes at the end: the frames, to rounding, that it would be alone. They take a seed and a path each, or one seed
@@ -206,18 +208,19 @@ class Show1Pipeline:
             hook.offload()  # a video that was broken off may have left a model on the device
         text = self.keyframes.encode(prompts)
 
-        def run(stage: str, steps: int, stream: Generator[Step, None, torch.Tensor]):
+        def run(stage: str, steps: int, stream: Generator[Step | Pause, None, torch.Tensor]):
             """Pass on a stage's steps as events, return its clip."""
             yield StageStart(stage, steps)
-            for number in range(1, steps + 1):
-                step = next(stream)
-                yield StepDone(stage, number, steps, partial(self._preview, stage, step))
-            try:
-                next(stream)
-            except StopIteration as end:
-                yield Clip(stage, end.value)
-                return end.value
-            raise RuntimeError(f"{stage} takes more than its {steps} steps")
+            numbers = itertools.count(1)
+            while True:
+                try:
+                    step = next(stream)
+                except StopIteration as end:
+                    yield Clip(stage, end.value)
+                    return end.value
+                if isinstance(step, Step):
+                    step = StepDone(stage, next(numbers), steps, partial(self._preview, stage, step))
+                yield step
 
         def settings(stage: str) -> dict[str, Any]:
             return cascade.stream_settings(stage) | {"seed": seeds}

@@ -87,6 +87,7 @@ BAD = {
     "output folder": (["a cat", "--out", "nowhere/video.mp4"], "nowhere"),
     "output name": (["a cat", "--out", "video.avi"], ".mp4"),
     "stages folder": (["a cat", "--save-stages", "nowhere/s.safetensors"], "nowhere"),
+    "stages a folder": (["a cat", "--save-stages", "."], ". is a folder"),
     "device": (["a cat", "--device", "cuda:9"], "cuda:9"),
 }
 

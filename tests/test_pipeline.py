@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from show_1 import Cascade, Show1Error, Show1Pipeline, video
 from show_1.models import channels_last
-from show_1.pipeline import MAX_SEED, Clip, Notice, StageStart, StepDone, Video, draw_seed
+from show_1.pipeline import MAX_SEED, Clip, Notice, Pause, StageStart, StepDone, Video, draw_seed
 from show_1.stages import InterpolationPipeline
 from show_1.text import TextEmbeddings
 from tests import tiny
@@ -159,7 +159,7 @@ def test_events_in_order_with_previews(pipeline, result, tmp_path):
     assert metadata["cascade"]["keyframes"]["steps"] == 3
 
 
-@pytest.mark.parametrize("after", [StageStart, StepDone, Clip])
+@pytest.mark.parametrize("after", [StageStart, StepDone, Pause, Clip])
 def test_to_cancel_is_to_stop_asking(pipeline, tmp_path, after):
     stream = pipeline.stream(tiny.PROMPT, seed=1, path=tmp_path / "video.mp4")
     for event in stream:

@@ -3,15 +3,22 @@
 Videos are made with the default settings from combinations of object, place and motion that were never trained on, as
 evenly spread over the vocabulary as can be. Besides the final video, each stage's clip is judged, so that one sees
 where something is lost, and each stage but the first is measured against the plain way of doing its work.
+
+On a CPU one process a core makes the videos, each with one thread: the same videos to rounding, in little more than
+half of the time. Only the first few are made one after the other with all threads, to see how long a video takes.
 """
 
 import argparse
 import itertools
 import json
+import os
 import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +29,7 @@ from tqdm import tqdm
 
 from show_1 import Show1Pipeline, video
 from show_1.errors import exit_code
+from show_1.pipeline import check_device
 from show_1.stages.denoise import finish
 from training import judge, world
 from training.train import FULL, MEDIUM, SMALL
@@ -66,6 +74,10 @@ class Tally:
             self.right[key] += right
             self.judged[key] += 1
 
+    def add_all(self, words: tuple[str, str, str], verdict: dict) -> None:
+        for aspect, word in zip(ASPECTS, words, strict=True):
+            self.add(aspect, word, verdict[aspect] == word)
+
     def fractions(self) -> dict:
         """Return {"object": share, …, "objects": {"panda": share, …}, …}."""
         shares = {key: round(self.right[key] / count, 4) for key, count in sorted(self.judged.items(), key=str)}
@@ -75,46 +87,83 @@ class Tally:
         return found
 
 
-def follow_prompts(pipeline: Show1Pipeline, count: int, pictures: Path | None) -> dict:
-    """Make and judge `count` videos of single objects; see `show` for what goes to the folder `pictures`."""
-    critic, tallies, shown, seconds = judge.load(), {clip: Tally() for clip in CLIPS}, [], []
-    for seed, words in enumerate(tqdm(combinations(count), desc="videos")):
-        prompt = world.plain_caption(*words)
-        result = pipeline(prompt, seed=seed)
-        seconds.append(result.settings["seconds"])
+class Maker:
+    """The cascade and the judge; where there are several processes, each has its own."""
+
+    def __init__(self, cascade: str, device: str | None):
+        self.pipeline, self.critic = Show1Pipeline.from_cascade(cascade, device), judge.load()
+
+    def video(self, prompt: str, seed: int) -> tuple[np.ndarray, dict[str, dict]]:
+        """Return a video's frames, (29, height, width, 3), and what the judge sees in each stage's clip."""
+        result = self.pipeline(prompt, seed=seed)
+        return result.frames, {clip: self.critic.verdict(result.tensors[clip].float()) for clip in CLIPS}
+
+    def keyframes(self, prompt: str, seed: int, guidance: float) -> dict:
+        """Return what the judge sees in keyframes that another guidance scale makes."""
+        settings = self.pipeline.cascade.stream_settings("keyframes") | {"guidance": guidance}
+        return self.critic.verdict(
+            self.pipeline.keyframes(self.pipeline.keyframes.encode(prompt), **settings, seed=seed)
+        )
+
+
+_maker: Maker | None = None  # of this process
+
+
+def _get_ready(cascade: str, device: str | None, threads: int | None) -> None:
+    global _maker
+    if threads is not None:
+        torch.set_num_threads(threads)
+    _maker = Maker(cascade, device)
+
+
+def _video(task: tuple) -> tuple:
+    return _maker.video(*task)
+
+
+def _keyframes(task: tuple) -> dict:
+    return _maker.keyframes(*task)
+
+
+def follow_prompts(make: Callable[[Iterable[tuple]], Iterator[tuple]], count: int, pictures: Path | None) -> dict:
+    """Have `count` videos of single objects made and judge them; see `show` for what goes to the folder `pictures`."""
+    chosen, tallies, shown = combinations(count), {clip: Tally() for clip in CLIPS}, []
+    prompts = [world.plain_caption(*words) for words in chosen]
+    made = make((prompt, seed) for seed, prompt in enumerate(prompts))
+    for words, prompt, (frames, verdicts) in zip(chosen, prompts, tqdm(made, "videos", count), strict=True):
         for clip, tally in tallies.items():
-            verdict = critic.verdict(result.tensors[clip].float())
-            for aspect, word in zip(ASPECTS, words, strict=True):
-                tally.add(aspect, word, verdict[aspect] == word)
+            tally.add_all(words, verdicts[clip])
         if len(shown) < 12:
-            shown.append((result.frames, prompt))
+            shown.append((frames, prompt))
     if pictures is not None:
         show(shown, pictures)
-    found = tallies["video"].fractions() | {"videos": len(seconds), "seconds_per_video": round(np.median(seconds), 1)}
     stages = {clip: {a: tally.fractions()[a] for a in ASPECTS} for clip, tally in tallies.items()}
-    return found | {"stages": stages}
+    return tallies["video"].fractions() | {"videos": count, "stages": stages}
 
 
-def follow_pairs(pipeline: Show1Pipeline, count: int) -> float:
+def follow_pairs(make: Callable[[Iterable[tuple]], Iterator[tuple]], count: int) -> float:
     """Return the share of videos of two objects in which the judge sees both."""
-    critic, right = judge.load(), 0
-    for seed, (one, another, place) in enumerate(tqdm(pairs(count), desc="pairs")):
-        prompt = f"{world.with_article(one)} and {world.with_article(another)} {place}"
-        verdict = critic.verdict(pipeline(prompt, seed=seed).tensors["video"].float())
-        right += set(verdict["pair"]) == {one, another}
-    return round(right / count, 4)
+    chosen = pairs(count)
+    prompts = [f"{world.with_article(one)} and {world.with_article(other)} {place}" for one, other, place in chosen]
+    made = tqdm(make((prompt, seed) for seed, prompt in enumerate(prompts)), "pairs", count)
+    right = [
+        set(seen["video"]["pair"]) == {one, other} for (one, other, _), (_, seen) in zip(chosen, made, strict=True)
+    ]
+    return round(sum(right) / count, 4)
 
 
-def keyframes_only(pipeline: Show1Pipeline, count: int, guidance: float) -> dict:
-    """Judge keyframes alone, which takes a fraction of the time; for choosing a guidance scale."""
-    critic, tally = judge.load(), Tally()
-    settings = pipeline.cascade.stream_settings("keyframes") | {"guidance": guidance}
-    for seed, words in enumerate(tqdm(combinations(count), desc="keyframes")):
-        text = pipeline.keyframes.encode(world.plain_caption(*words))
-        verdict = critic.verdict(pipeline.keyframes(text, **settings, seed=seed))
-        for aspect, word in zip(ASPECTS, words, strict=True):
-            tally.add(aspect, word, verdict[aspect] == word)
+def other_guidance(make: Callable[[Iterable[tuple]], Iterator[dict]], scale: float, count: int = 66) -> dict:
+    """Judge keyframes of another guidance scale alone, which takes a fraction of a video's time."""
+    chosen, tally = combinations(count), Tally()
+    made = make((world.plain_caption(*words), seed, scale) for seed, words in enumerate(chosen))
+    for words, verdict in zip(chosen, tqdm(made, f"guidance {scale:g}", count), strict=True):
+        tally.add_all(words, verdict)
     return {aspect: tally.fractions()[aspect] for aspect in ASPECTS}
+
+
+def seconds_a_video(pipeline: Show1Pipeline, count: int = 3) -> float:
+    """Return the median time of a video made with all that this computer has, after one that warms it up."""
+    seconds = [pipeline("a panda jumping in the snow", seed=seed).settings["seconds"] for seed in range(count + 1)]
+    return round(float(np.median(seconds[1:])), 1)
 
 
 def stages_earn_their_place(pipeline: Show1Pipeline, count: int) -> dict:
@@ -197,14 +246,17 @@ def main() -> None:
     arguments = parser.parse_args()
     world.sprites()  # a missing font is said here, not after an hour
     pipeline = Show1Pipeline.from_cascade(arguments.cascade, arguments.device)
-    began, found = time.monotonic(), {}
-    if arguments.videos:
-        found |= follow_prompts(pipeline, arguments.videos, arguments.pictures)
-    if arguments.pairs:
-        found["pair"] = follow_pairs(pipeline, arguments.pairs)
-    if arguments.guidance:
-        scales = [float(scale) for scale in arguments.guidance.split(",")]
-        found["guidance"] = {scale: keyframes_only(pipeline, 66, scale) for scale in scales}
+    began, found = time.monotonic(), {"seconds_per_video": seconds_a_video(pipeline)}
+    alone = check_device(arguments.device).type != "cpu"
+    how = (arguments.cascade, arguments.device, None if alone else 1)
+    with ProcessPoolExecutor(1 if alone else os.cpu_count(), get_context("spawn"), _get_ready, how) as pool:
+        if arguments.videos:
+            found |= follow_prompts(lambda tasks: pool.map(_video, tasks), arguments.videos, arguments.pictures)
+        if arguments.pairs:
+            found["pair"] = follow_pairs(lambda tasks: pool.map(_video, tasks), arguments.pairs)
+        if arguments.guidance:
+            scales = [float(scale) for scale in arguments.guidance.split(",")]
+            found["guidance"] = {s: other_guidance(lambda tasks: pool.map(_keyframes, tasks), s) for s in scales}
     if arguments.stages:
         found["earned"] = stages_earn_their_place(pipeline, arguments.stages)
     found |= {

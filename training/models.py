@@ -91,6 +91,17 @@ def picture_unet(stage: str) -> UNet2DConditionModel:
     return UNet2DConditionModel.from_config(json.loads(json.dumps(UNETS[stage]).replace("3D", "2D")))
 
 
+def spatial_part(unet: UNet3DConditionModel, stage: str) -> UNet2DConditionModel:
+    """Return a picture UNet whose parameters are those of a stage's video UNet, without its temporal layers."""
+    with torch.device("meta"):
+        part = picture_unet(stage)
+    for name, module in part.named_modules():
+        for key in list(module._parameters):
+            if module._parameters[key] is not None:
+                module._parameters[key] = unet.get_parameter(f"{name}.{key}" if name else key)
+    return part
+
+
 def text_encoder(vocabulary: int) -> T5EncoderModel:
     """Return a new T5 encoder of two layers for the pixel stages."""
     return T5EncoderModel(

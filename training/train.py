@@ -10,6 +10,7 @@ there is none (checkpoints are not committed) from the weights in show_1/mini.
 import argparse
 import contextlib
 import copy
+import dataclasses
 import json
 import os
 import pickle
@@ -136,8 +137,9 @@ def pictures(rng: np.random.Generator) -> dict:
 
 
 def keyframe_clips(rng: np.random.Generator) -> dict:
+    """A batch of clips, and of pictures: many more things are seen so in the time that clips alone would take."""
     scenes, captions = _scenes(rng, 4)
-    return _painted(scenes, SMALL, KEYFRAME_TIMES) | {"captions": captions}
+    return _painted(scenes, SMALL, KEYFRAME_TIMES) | {"captions": captions, "pictures": pictures(rng)}
 
 
 def segments(rng: np.random.Generator) -> dict:
@@ -248,7 +250,7 @@ def velocity_loss(
 
 
 @torch.no_grad()
-def draw(unet: nn.Module, states: torch.Tensor, batch: dict, steps: int = 12) -> torch.Tensor:
+def draw(unet: nn.Module, states: torch.Tensor, batch: dict, steps: int) -> torch.Tensor:
     """Return what the model draws, without guidance, for the text and condition of a batch: as its "clean"."""
     scheduler = models.scheduler(thresholding=False)
     scheduler.set_timesteps(steps, device=states.device)
@@ -309,7 +311,8 @@ class Stage:
 
 
 def _on(device: torch.device, batch: dict) -> dict:
-    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+    moved = {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value)}
+    return batch | moved | {key: _on(device, value) for key, value in batch.items() if isinstance(value, dict)}
 
 
 def _states(encoder: nn.Module, tokens) -> torch.Tensor:
@@ -400,7 +403,9 @@ def pixel_stage(
     folder: str,
     device: torch.device,
     draw_levels: Callable[[int], torch.Tensor],
+    steps: int = 1,
 ) -> Stage:
+    """A UNet that predicts pixels; `steps` are those that its sample sheets are drawn in."""
     tokenizer = t5_tokenizer()
     saved = MINI / "show-1-base" / "text_encoder"
     if not saved.exists():
@@ -411,21 +416,29 @@ def pixel_stage(
         return velocity_loss(trained["unet"], _states(encoder, _tokens(tokenizer, batch)), batch, draw_levels)
 
     def sample(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
-        return draw(trained["unet"], _states(encoder, _tokens(tokenizer, batch)), batch)
+        return draw(trained["unet"], _states(encoder, _tokens(tokenizer, batch)), batch, steps)
 
     return Stage({"unet": unet}, batches, loss, {"unet": folder}, sample=sample)
 
 
 def pictures_stage(device: torch.device) -> Stage:
-    unet = models.picture_unet("keyframes").to(memory_format=torch.channels_last)
+    unet = models.picture_unet("keyframes")
     _start_from(unet, MINI / "show-1-base" / "unet")
-    return pixel_stage(unet, pictures, "../../training/runs/pictures", device, around(0.4, 1.2))
+    return pixel_stage(unet, pictures, "../../training/runs/pictures", device, around(0.4, 1.2), steps=12)
 
 
 def keyframes_stage(device: torch.device) -> Stage:
     unet = models.video_unet("keyframes")
     _start_from(unet, RUNS / "pictures", MINI / "show-1-base" / "unet")
-    return pixel_stage(unet, keyframe_clips, "show-1-base/unet", device, around(1.0, 1.4))
+    # Where things are and go is decided in much noise: clips teach that, and pictures what things look like.
+    stage = pixel_stage(unet, keyframe_clips, "show-1-base/unet", device, around(1.6, 1.2), steps=12)
+    spatial = pixel_stage(models.spatial_part(unet, "keyframes"), pictures, "", device, around(0.4, 1.2))
+
+    def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
+        still = {"unet": models.spatial_part(trained["unet"], "keyframes")}
+        return stage.loss(trained, batch) + spatial.loss(still, batch["pictures"])
+
+    return dataclasses.replace(stage, loss=loss)
 
 
 def interpolation_stage(device: torch.device) -> Stage:

@@ -26,8 +26,13 @@ class Step:
     clean: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Pause:
+    """A moment in long work outside the steps: there is nothing new to see, but one can stop asking."""
+
+
 class Stage(DiffusionPipeline):
-    """A part of the cascade: a diffusers pipeline whose `stream` yields its steps and returns its clip.
+    """A part of the cascade: a diffusers pipeline whose `stream` yields its steps, and pauses, and returns its clip.
 
     Several prompts run as one batch: texts, clips and seeds of several, one a row, give clips of as many. Each draws
     from generators of its own, so it gets the numbers, to rounding, that it would get alone.
@@ -38,7 +43,7 @@ class Stage(DiffusionPipeline):
 
     rows: int | None = None
 
-    def stream(self, *args, **kwargs) -> Generator[Step, None, torch.Tensor]:
+    def stream(self, *args, **kwargs) -> Generator[Step | Pause, None, torch.Tensor]:
         raise TypeError(f"{type(self).__name__} has no stream")
 
     def __call__(self, *args, **kwargs) -> torch.Tensor:
@@ -59,7 +64,7 @@ def seeded(seed: int | Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(one) for one in ([seed] if isinstance(seed, int) else seed)]
 
 
-def finish(stream: Generator[Step, None, torch.Tensor]) -> torch.Tensor:
+def finish(stream: Generator[Step | Pause, None, torch.Tensor]) -> torch.Tensor:
     """Run a stage's stream to its end and return its clip."""
     while True:
         try:

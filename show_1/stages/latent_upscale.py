@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 from show_1.models import UNet3DConditionModel
-from show_1.stages.denoise import Stage, Step, denoise, fold, prepare, seeded, unfold
+from show_1.stages.denoise import Pause, Stage, Step, denoise, finish, fold, prepare, seeded, unfold
 from show_1.text import TextEmbeddings, encode_clip
 from show_1.video import from_uint8, to_uint8
 
@@ -53,17 +53,18 @@ class LatentUpscalePipeline(Stage):
         guidance: float,
         seed: int | Sequence[int],
         **measures: Any,
-    ) -> Generator[Step, None, torch.Tensor]:
-        """Yield the last `int(steps · strength)` steps; return (prompts, 3, frames, height, width), about [−1, 1].
+    ) -> Generator[Step | Pause, None, torch.Tensor]:
+        """Yield the last `int(steps · strength)` steps, and pauses while frames are encoded and decoded.
 
-        `clip` is (prompts, 3, frames, any height, any width) in [−1, 1]. A step's sample is in latents,
-        (prompts, 4, frames, height / 8, width / 8); `decode` shows it.
+        Returns (prompts, 3, frames, height, width), about [−1, 1]; `clip` is (prompts, 3, frames, any height, any
+        width) in [−1, 1]. A step's sample is in latents, (prompts, 4, frames, height / 8, width / 8); `decode` shows
+        it.
         """
         scheduler = prepare(self.scheduler, steps, self._execution_device)
         timesteps = scheduler.timesteps[-int(steps * strength) :]
         generators, noisy = seeded(seed), []
         for one, generator in zip(clip, generators, strict=True):
-            latents = self._encode_frames(_resize(one[None], height, width), generator)
+            latents = yield from self._encode_frames(_resize(one[None], height, width), generator)
             noise = self.noise(latents.shape, [generator])[0]
             noisy.append(scheduler.add_noise(latents, noise, timesteps[:1]))
         sample = torch.stack(noisy).transpose(1, 2)
@@ -78,19 +79,26 @@ class LatentUpscalePipeline(Stage):
             rows=self.rows,
             **measures,
         )
-        return self.decode(latents)
+        return (yield from self._decode(latents))
 
-    def _encode_frames(self, frames: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        frames = frames.to(self._execution_device, self.dtype)
+    def _encode_frames(self, frames: torch.Tensor, generator: torch.Generator) -> Generator[Pause, None, torch.Tensor]:
+        frames, moments = frames.to(self._execution_device, self.dtype), []
         # In parts, for the encoder's memory grows with its batch; the draw below is that of one batch all the same.
-        moments = torch.cat([self.vae.encode(f).latent_dist.parameters for f in frames.split(self.vae_frames)])
-        return DiagonalGaussianDistribution(moments).sample(generator) * self.vae.config.scaling_factor
+        for part in frames.split(self.vae_frames):
+            moments.append(self.vae.encode(part).latent_dist.parameters)
+            yield Pause()
+        return DiagonalGaussianDistribution(torch.cat(moments)).sample(generator) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Return (batch, 3, frames, ...), about [−1, 1], of (batch, channels, frames, height, width) latents."""
-        frames = fold(latents).to(self.dtype) / self.vae.config.scaling_factor
-        decoded = [self.vae.decode(part).sample for part in frames.split(self.vae_frames)]
+        return finish(self._decode(latents))
+
+    def _decode(self, latents: torch.Tensor) -> Generator[Pause, None, torch.Tensor]:
+        decoded = []
+        for part in (fold(latents).to(self.dtype) / self.vae.config.scaling_factor).split(self.vae_frames):
+            decoded.append(self.vae.decode(part).sample)
+            yield Pause()
         return unfold(torch.cat(decoded), latents.shape)
 
 
