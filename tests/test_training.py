@@ -94,6 +94,19 @@ def test_weights_of_another_configuration(folders):
         train._start_from(models.video_unet("interpolation"), folder)
 
 
+def test_the_spatial_part_draws_frames_as_the_new_video_unet_does_and_is_trained_with_it():
+    """Temporal layers that are new change nothing; both have the same parameters, not copies."""
+    unet = models.video_unet("keyframes")
+    part = models.spatial_part(unet, "keyframes")
+    clip, text = torch.randn(1, 3, 2, 8, 12), torch.randn(1, 77, models.TEXT_WIDTH)
+    frames = part(clip[0].transpose(0, 1), 500, encoder_hidden_states=text.expand(2, -1, -1)).sample
+    moving = unet(clip, torch.tensor(500), encoder_hidden_states=text).sample
+    torch.testing.assert_close(frames, moving[0].transpose(0, 1), atol=1e-4, rtol=0)
+    frames.sum().backward()
+    untrained = [name for name, parameter in unet.named_parameters() if parameter.grad is None]
+    assert untrained and all("temp_" in name for name in untrained)
+
+
 def test_a_stage_that_needs_another_first(folders):
     with pytest.raises(Show1Error, match="--stage text"):
         train.run("interpolation", 0.1, 0, CPU)
