@@ -41,13 +41,13 @@ class Cost:
 
 # Measured with mini on a CPU, in steps of its keyframes. They only bridge the time until this device's own are known.
 RELATIVE = {
-    "prompt": Cost(0, 0, 0.3),
+    "prompt": Cost(0, 0, 0.1),
     "keyframes": Cost(0, 1, 0),
-    "interpolation": Cost(0, 1.12, 0),
-    "first_frame": Cost(0, 0.17, 0),
-    "pixel_upscale": Cost(0, 1.85, 0),
-    "latent_upscale": Cost(4.2, 1.9, 6),
-    "file": Cost(0, 0, 0.5),
+    "interpolation": Cost(0, 1.8, 0),
+    "first_frame": Cost(0, 0.4, 0),
+    "pixel_upscale": Cost(0, 2.5, 0),
+    "latent_upscale": Cost(4.7, 2.5, 12.5),
+    "file": Cost(0, 0, 1),
 }
 
 
