@@ -4,8 +4,8 @@ Videos are made with the default settings from combinations of object, place and
 evenly spread over the vocabulary as can be. Besides the final video, each stage's clip is judged, so that one sees
 where something is lost, and each stage but the first is measured against the plain way of doing its work.
 
-On a CPU one process a core makes the videos, each with one thread: the same videos to rounding, in little more than
-half of the time. Only the first few are made one after the other with all threads, to see how long a video takes.
+On a CPU one process a core makes the videos, each with one thread: the same videos to rounding, in four fifths of the
+time on two cores. How long a video takes is measured before, on a few made with all threads.
 """
 
 import argparse
@@ -16,8 +16,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -87,48 +86,31 @@ class Tally:
         return found
 
 
-class Maker:
-    """The cascade and the judge; where there are several processes, each has its own."""
-
-    def __init__(self, cascade: str, device: str | None):
-        self.pipeline, self.critic = Show1Pipeline.from_cascade(cascade, device), judge.load()
-
-    def video(self, prompt: str, seed: int) -> tuple[np.ndarray, dict[str, dict]]:
-        """Return a video's frames, (29, height, width, 3), and what the judge sees in each stage's clip."""
-        result = self.pipeline(prompt, seed=seed)
-        return result.frames, {clip: self.critic.verdict(result.tensors[clip].float()) for clip in CLIPS}
-
-    def keyframes(self, prompt: str, seed: int, guidance: float) -> dict:
-        """Return what the judge sees in keyframes that another guidance scale makes."""
-        settings = self.pipeline.cascade.stream_settings("keyframes") | {"guidance": guidance}
-        return self.critic.verdict(
-            self.pipeline.keyframes(self.pipeline.keyframes.encode(prompt), **settings, seed=seed)
-        )
-
-
-_maker: Maker | None = None  # of this process
-
-
 def _get_ready(cascade: str, device: str | None, threads: int | None) -> None:
-    global _maker
+    """Load the cascade and the judge of this process."""
+    global _pipeline, _critic
     if threads is not None:
         torch.set_num_threads(threads)
-    _maker = Maker(cascade, device)
+    _pipeline, _critic = Show1Pipeline.from_cascade(cascade, device), judge.load()
 
 
-def _video(task: tuple) -> tuple:
-    return _maker.video(*task)
+def _video(prompt: str, seed: int) -> tuple[np.ndarray, dict[str, dict]]:
+    """Return a video's frames, (29, height, width, 3), and what the judge sees in each stage's clip."""
+    result = _pipeline(prompt, seed=seed)
+    return result.frames, {clip: _critic.verdict(result.tensors[clip].float()) for clip in CLIPS}
 
 
-def _keyframes(task: tuple) -> dict:
-    return _maker.keyframes(*task)
+def _keyframes(prompt: str, seed: int, guidance: float) -> dict:
+    """Return what the judge sees in keyframes that another guidance scale makes."""
+    settings = _pipeline.cascade.stream_settings("keyframes") | {"guidance": guidance}
+    return _critic.verdict(_pipeline.keyframes(_pipeline.keyframes.encode(prompt), **settings, seed=seed))
 
 
-def follow_prompts(make: Callable[[Iterable[tuple]], Iterator[tuple]], count: int, pictures: Path | None) -> dict:
+def follow_prompts(pool: Executor, count: int, pictures: Path | None) -> dict:
     """Have `count` videos of single objects made and judge them; see `show` for what goes to the folder `pictures`."""
     chosen, tallies, shown = combinations(count), {clip: Tally() for clip in CLIPS}, []
     prompts = [world.plain_caption(*words) for words in chosen]
-    made = make((prompt, seed) for seed, prompt in enumerate(prompts))
+    made = pool.map(_video, prompts, range(count))
     for words, prompt, (frames, verdicts) in zip(chosen, prompts, tqdm(made, "videos", count), strict=True):
         for clip, tally in tallies.items():
             tally.add_all(words, verdicts[clip])
@@ -140,21 +122,22 @@ def follow_prompts(make: Callable[[Iterable[tuple]], Iterator[tuple]], count: in
     return tallies["video"].fractions() | {"videos": count, "stages": stages}
 
 
-def follow_pairs(make: Callable[[Iterable[tuple]], Iterator[tuple]], count: int) -> float:
+def follow_pairs(pool: Executor, count: int) -> float:
     """Return the share of videos of two objects in which the judge sees both."""
     chosen = pairs(count)
     prompts = [f"{world.with_article(one)} and {world.with_article(other)} {place}" for one, other, place in chosen]
-    made = tqdm(make((prompt, seed) for seed, prompt in enumerate(prompts)), "pairs", count)
+    made = tqdm(pool.map(_video, prompts, range(count)), "pairs", count)
     right = [
         set(seen["video"]["pair"]) == {one, other} for (one, other, _), (_, seen) in zip(chosen, made, strict=True)
     ]
     return round(sum(right) / count, 4)
 
 
-def other_guidance(make: Callable[[Iterable[tuple]], Iterator[dict]], scale: float, count: int = 66) -> dict:
+def other_guidance(pool: Executor, scale: float, count: int = 66) -> dict:
     """Judge keyframes of another guidance scale alone, which takes a fraction of a video's time."""
     chosen, tally = combinations(count), Tally()
-    made = make((world.plain_caption(*words), seed, scale) for seed, words in enumerate(chosen))
+    prompts = [world.plain_caption(*words) for words in chosen]
+    made = pool.map(_keyframes, prompts, range(count), itertools.repeat(scale))
     for words, verdict in zip(chosen, tqdm(made, f"guidance {scale:g}", count), strict=True):
         tally.add_all(words, verdict)
     return {aspect: tally.fractions()[aspect] for aspect in ASPECTS}
@@ -251,12 +234,12 @@ def main() -> None:
     how = (arguments.cascade, arguments.device, None if alone else 1)
     with ProcessPoolExecutor(1 if alone else os.cpu_count(), get_context("spawn"), _get_ready, how) as pool:
         if arguments.videos:
-            found |= follow_prompts(lambda tasks: pool.map(_video, tasks), arguments.videos, arguments.pictures)
+            found |= follow_prompts(pool, arguments.videos, arguments.pictures)
         if arguments.pairs:
-            found["pair"] = follow_pairs(lambda tasks: pool.map(_video, tasks), arguments.pairs)
+            found["pair"] = follow_pairs(pool, arguments.pairs)
         if arguments.guidance:
             scales = [float(scale) for scale in arguments.guidance.split(",")]
-            found["guidance"] = {s: other_guidance(lambda tasks: pool.map(_keyframes, tasks), s) for s in scales}
+            found["guidance"] = {scale: other_guidance(pool, scale) for scale in scales}
     if arguments.stages:
         found["earned"] = stages_earn_their_place(pipeline, arguments.stages)
     found |= {

@@ -1,10 +1,11 @@
 """Train mini, stage by stage: `python -m training.train --minutes N [--device auto] [--stage all|NAME]`.
 
 The text encoder comes first: it learns what captions mean from the captions alone and is frozen from then on, as T5 is
-for the released models, so that all pixel stages read the same embeddings. Then pictures, then clips: each video UNet
-starts as a trained picture UNet whose new temporal layers change nothing. The upscalers learn to repair degraded true
-frames. A run can be broken off at any moment: it goes on from its last checkpoint, at most a minute old, and where
-there is none (checkpoints are not committed) from the weights in show_1/mini.
+for the released models, so that all pixel stages read the same embeddings. Then pictures, then clips, with pictures
+beside them for the keyframes: each video UNet starts as a trained picture UNet whose new temporal layers do nothing.
+The upscalers learn to repair degraded true frames. A run can be broken off at any moment: it goes on from its last
+checkpoint, at most a minute old, and where there is none (checkpoints are not committed) from the weights in
+show_1/mini.
 """
 
 import argparse
@@ -397,6 +398,16 @@ def text_stage() -> Stage:
     return Stage(trained, captions, loss, {"text_encoder": "show-1-base/text_encoder"})
 
 
+def reader(device: torch.device) -> Callable[[dict], torch.Tensor]:
+    """Return what turns a batch's captions into the trained text encoder's states."""
+    tokenizer = t5_tokenizer()
+    saved = MINI / "show-1-base" / "text_encoder"
+    if not saved.exists():
+        raise Show1Error(f"The text encoder is missing: {saved}", "Train it first: --stage text")
+    encoder = T5EncoderModel.from_pretrained(saved, dtype=torch.float32).requires_grad_(False).to(device)
+    return lambda batch: _states(encoder, _tokens(tokenizer, batch))
+
+
 def pixel_stage(
     unet: nn.Module,
     batches: Callable,
@@ -406,17 +417,13 @@ def pixel_stage(
     steps: int = 1,
 ) -> Stage:
     """A UNet that predicts pixels; `steps` are those that its sample sheets are drawn in."""
-    tokenizer = t5_tokenizer()
-    saved = MINI / "show-1-base" / "text_encoder"
-    if not saved.exists():
-        raise Show1Error(f"The text encoder is missing: {saved}", "Train it first: --stage text")
-    encoder = T5EncoderModel.from_pretrained(saved, dtype=torch.float32).requires_grad_(False).to(device)
+    read = reader(device)
 
     def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
-        return velocity_loss(trained["unet"], _states(encoder, _tokens(tokenizer, batch)), batch, draw_levels)
+        return velocity_loss(trained["unet"], read(batch), batch, draw_levels)
 
     def sample(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
-        return draw(trained["unet"], _states(encoder, _tokens(tokenizer, batch)), batch, steps)
+        return draw(trained["unet"], read(batch), batch, steps)
 
     return Stage({"unet": unet}, batches, loss, {"unet": folder}, sample=sample)
 
@@ -432,11 +439,11 @@ def keyframes_stage(device: torch.device) -> Stage:
     _start_from(unet, RUNS / "pictures", MINI / "show-1-base" / "unet")
     # Where things are and go is decided in much noise: clips teach that, and pictures what things look like.
     stage = pixel_stage(unet, keyframe_clips, "show-1-base/unet", device, around(1.6, 1.2), steps=12)
-    spatial = pixel_stage(models.spatial_part(unet, "keyframes"), pictures, "", device, around(0.4, 1.2))
+    read = reader(device)
 
     def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
-        still = {"unet": models.spatial_part(trained["unet"], "keyframes")}
-        return stage.loss(trained, batch) + spatial.loss(still, batch["pictures"])
+        spatial, stills = models.spatial_part(trained["unet"], "keyframes"), batch["pictures"]
+        return stage.loss(trained, batch) + velocity_loss(spatial, read(stills), stills, around(0.4, 1.2))
 
     return dataclasses.replace(stage, loss=loss)
 
