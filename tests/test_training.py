@@ -2,10 +2,12 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import multiprocessing
@@ -15,6 +17,7 @@ from show_1.errors import Show1Error
 from training import judge, models, train, world
 
 CPU = torch.device("cpu")
+REAL_MINI = train.MINI
 
 
 @pytest.fixture
@@ -105,6 +108,49 @@ def test_the_spatial_part_draws_frames_as_the_new_video_unet_does_and_is_trained
     frames.sum().backward()
     untrained = [name for name, parameter in unet.named_parameters() if parameter.grad is None]
     assert untrained and all("temp_" in name for name in untrained)
+
+
+def test_expected_coverage_moves_as_the_motions_say():
+    """By the middle of where things are more often than at other times."""
+    expected = train.expected_coverage(np.random.default_rng(0), (5, 8), count=6)
+    assert expected.shape == (2, len(world.MOTIONS), 8, 5, 8)
+    across = (expected * torch.arange(8.0)).sum((-1, -2))
+    down = (expected * torch.arange(5.0)[:, None]).sum((-1, -2))
+    for name, middle, sign in (
+        ("moving left", across, -1),
+        ("moving right", across, 1),
+        ("flying up", down, -1),
+        ("falling down", down, 1),
+    ):
+        one, pair = middle[:, list(world.MOTIONS).index(name)] * sign
+        assert (one.diff()[:-1] > 0).all(), name  # at the last, some of it has left the picture
+        assert pair[-1] > pair[0], name
+
+
+def test_paths_are_taught_to_the_deepest_up_block_alone(folders, monkeypatch):
+    for part in ("tokenizer", "text_encoder"):
+        shutil.copytree(REAL_MINI / "show-1-base" / part, folders / "mini" / "show-1-base" / part)
+    with pytest.raises(Show1Error, match="--stage pictures"):
+        train.paths_stage(CPU)
+    shutil.copytree(REAL_MINI / "show-1-base" / "unet", folders / "runs" / "pictures")
+    monkeypatch.setattr(train, "expected_coverage", partial(train.expected_coverage, count=1))
+    stage = train.paths_stage(CPU)
+    unet = stage.models["unet"]
+    batch = train.path_clips(np.random.default_rng(0), 2)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        before = stage.loss(stage.models, batch)
+    optimizer = torch.optim.Adam(unet.up_blocks[0].parameters(), 1e-3)
+    for _ in range(8):
+        optimizer.zero_grad()
+        stage.loss(stage.models, batch).backward()
+        optimizer.step()
+    with torch.no_grad():
+        torch.manual_seed(0)
+        assert stage.loss(stage.models, batch) < 0.8 * before
+    taught = {name for name, parameter in unet.named_parameters() if parameter.grad is not None}
+    assert taught and all(name.startswith("up_blocks.0.") for name in taught)
+    assert not any(parameter.requires_grad for parameter in stage.models["untaught"].parameters())
 
 
 def test_a_stage_that_needs_another_first(folders):

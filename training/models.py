@@ -11,6 +11,7 @@ import sentencepiece
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from show_1.models import UNet3DConditionModel
@@ -100,6 +101,25 @@ def spatial_part(unet: UNet3DConditionModel, stage: str) -> UNet2DConditionModel
             if module._parameters[key] is not None:
                 module._parameters[key] = unet.get_parameter(f"{name}.{key}" if name else key)
     return part
+
+
+def inputs_of(layer: nn.Module, model: nn.Module, *inputs: torch.Tensor) -> tuple:
+    """Return what a layer of a model is given; the layer and those after it are not run."""
+
+    class Reached(Exception):
+        pass
+
+    def reached(_layer: nn.Module, given: tuple) -> None:
+        raise Reached(*given)
+
+    hook = layer.register_forward_pre_hook(reached)
+    try:
+        model(*inputs)
+    except Reached as found:
+        return found.args
+    finally:
+        hook.remove()
+    raise ValueError("The model does not run this layer.")
 
 
 def text_encoder(vocabulary: int) -> T5EncoderModel:

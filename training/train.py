@@ -1,11 +1,11 @@
 """Train mini, stage by stage: `python -m training.train --minutes N [--device auto] [--stage all|NAME]`.
 
 The text encoder comes first: it learns what captions mean from the captions alone and is frozen from then on, as T5 is
-for the released models, so that all pixel stages read the same embeddings. Then pictures, then clips, with pictures
-beside them for the keyframes: each video UNet starts as a trained picture UNet whose new temporal layers do nothing.
-The upscalers learn to repair degraded true frames. A run can be broken off at any moment: it goes on from its last
-checkpoint, at most a minute old, and where there is none (checkpoints are not committed) from the weights in
-show_1/mini.
+for the released models, so that all pixel stages read the same embeddings. Then pictures, then where motions have
+things in which frame, then clips, with pictures beside them for the keyframes: a video UNet starts as a trained picture
+UNet whose new temporal layers do nothing. The upscalers learn to repair degraded true frames. A run can be broken off
+at any moment: it goes on from its last checkpoint, at most a minute old, and where there is none (checkpoints are not
+committed) from the weights in show_1/mini.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ SMALL, MEDIUM, FULL = (20, 32), (80, 128), (160, 288)  # height, width after eac
 TEXT_DROPPED = 0.1  # how often a caption is emptied, for classifier-free guidance
 
 UPDATES_APART = 4  # that processes training together make by themselves before they average their weights
+PATH_STRENGTH = 8.0  # of what the deepest features are to say of where things are: twice as much did no better
 OBJECT_WEIGHT = 3.0  # an error on an object counts for so much more than one on the place behind it
 
 NOISE = models.image_noising_scheduler()  # one schedule for all: alpha and sigma of each of its 1000 levels
@@ -97,6 +99,13 @@ def labels(scenes: list[world.Scene]) -> dict[str, torch.Tensor]:
     }
 
 
+def told(batch: dict) -> torch.Tensor:
+    """Return 1 for each scene whose caption names its motion and 0 for the others."""
+    motions = [list(world.MOTIONS.values())[index] for index in batch["motion"].tolist()]
+    pairs = zip(motions, batch["captions"], strict=True)
+    return torch.tensor([float(any(word in caption for word in motion.words())) for motion, caption in pairs])
+
+
 def _strewn(rng: np.random.Generator, caption: str) -> str:
     words = caption.split()
     for _ in range(rng.integers(1, 4) if rng.random() < 0.3 else 0):
@@ -130,9 +139,9 @@ def _cut(rng: np.random.Generator, batch: dict, side: int) -> dict:
     return batch | {key: squares(batch[key]) for key in ("clean", "weight", "condition") if key in batch}
 
 
-def pictures(rng: np.random.Generator) -> dict:
-    scenes, captions = _scenes(rng, 32)
-    times = torch.from_numpy(rng.random((32, 1))).float()
+def pictures(rng: np.random.Generator, count: int = 32) -> dict:
+    scenes, captions = _scenes(rng, count)
+    times = torch.from_numpy(rng.random((count, 1))).float()
     painted = {key: value[:, :, 0] for key, value in _painted(scenes, SMALL, times).items()}
     return _cut(rng, painted, SMALL[0]) | {"captions": captions}
 
@@ -140,7 +149,13 @@ def pictures(rng: np.random.Generator) -> dict:
 def keyframe_clips(rng: np.random.Generator) -> dict:
     """A batch of clips, and of pictures: many more things are seen so in the time that clips alone would take."""
     scenes, captions = _scenes(rng, 4)
-    return _painted(scenes, SMALL, KEYFRAME_TIMES) | {"captions": captions, "pictures": pictures(rng)}
+    return _painted(scenes, SMALL, KEYFRAME_TIMES) | {"captions": captions, "pictures": pictures(rng, 16)}
+
+
+def path_clips(rng: np.random.Generator, count: int = 1) -> dict:
+    scenes, captions = _scenes(rng, count)
+    clean = world.render(scenes, *SMALL, KEYFRAME_TIMES)
+    return {"clean": clean, "captions": captions, "scenes": scenes} | labels(scenes)
 
 
 def segments(rng: np.random.Generator) -> dict:
@@ -228,9 +243,16 @@ def native_bfloat16(device: torch.device) -> bool:
 
 
 def velocity_loss(
-    unet: nn.Module, states: torch.Tensor, batch: dict, draw_levels: Callable[[int], torch.Tensor], top: int = 1000
+    unet: nn.Module,
+    states: torch.Tensor,
+    batch: dict,
+    draw_levels: Callable[[int], torch.Tensor],
+    top: int = 1000,
+    movement_weight: float = 0.0,
 ) -> torch.Tensor:
     """Return the weighted squared error of the predicted velocity (arXiv 2202.00512) at levels below `top`.
+
+    The error less its mean over a clip's frames, which is that of what moves, counts `movement_weight` times more.
 
     A batch with a "degraded" sample starts from it at the highest level and from the clean one at the lowest, with the
     velocity always pointing to the clean one: so a chain that starts from a degraded sample learns to repair it.
@@ -246,8 +268,14 @@ def velocity_loss(
     model_input = torch.cat([noisy, batch["condition"]], dim=1) if "condition" in batch else noisy
     with torch.autocast(clean.device.type, torch.bfloat16, enabled=native_bfloat16(clean.device)):
         velocity = unet(model_input, levels, encoder_hidden_states=states, class_labels=batch.get("noise_level")).sample
+    error = velocity.float() - target
     weight = batch.get("weight", torch.ones_like(clean[:, :1]))
-    return ((velocity.float() - target).square() * weight).mean() / weight.mean()
+    loss = (error.square() * weight).mean() / weight.mean()
+    if movement_weight:
+        moving = error - error.mean(2, keepdim=True)
+        weight = weight.amax(2, keepdim=True)  # where an object ever is, so that the weighting does not move with it
+        loss = loss + movement_weight * (moving.square() * weight).mean() / weight.mean()
+    return loss
 
 
 @torch.no_grad()
@@ -434,16 +462,115 @@ def pictures_stage(device: torch.device) -> Stage:
     return pixel_stage(unet, pictures, "../../training/runs/pictures", device, around(0.4, 1.2), steps=12)
 
 
+def paths_stage(device: torch.device) -> Stage:
+    """The way from a motion's name to where things are in each frame, for the keyframes' deepest up block alone.
+
+    Clips teach that too slowly: in much noise, where it has to come from the text, it is a small part of the error. But
+    a trained picture UNet draws a thing wherever its deepest features say that one is. So the block learns to say it
+    frame by frame: to add to its features what goes with a thing being there, times how much more often one is there in
+    this frame than in others. What enters the block is computed once a clip and used some 30 times.
+    """
+    unet = models.video_unet("keyframes")
+    if not (RUNS / "pictures").exists():  # show_1/mini will not do: what has been taught would be taught on top of it
+        raise Show1Error(f"The picture UNet is missing: {RUNS / 'pictures'}", "Train it first: --stage pictures")
+    _start_from(unet, RUNS / "pictures")
+    unet.to(device).requires_grad_(False)
+    read, frames = reader(device), len(KEYFRAME_TIMES)
+    block = unet.up_blocks[0].requires_grad_(True)
+    untaught = copy.deepcopy(block).requires_grad_(False)
+
+    def entering(batch: dict, lowest: int) -> list[torch.Tensor]:
+        """Return what the block is given for each clip, noised: (batch, frames, …) each."""
+        clean = batch["clean"]
+        levels = torch.randint(lowest, 1000, (len(clean),)).to(device)
+        noisy = NOISE.add_noise(clean, torch.randn_like(clean), levels)
+        with torch.no_grad():
+            hidden, temb, text, _, skips, _ = models.inputs_of(unet.up_blocks[0], unet, noisy, levels, read(batch))
+        return [each.contiguous().unflatten(0, (len(clean), frames)) for each in (hidden, temb, text, *skips)]
+
+    def features(block: nn.Module, entered: list[torch.Tensor]) -> torch.Tensor:
+        """Return what the block makes of it, (batch, frames, channels, height, width)."""
+        hidden, temb, text, *skips = (each.flatten(0, 1) for each in entered)
+        return block(hidden, temb, text, frames, skips, resample=False)[-1].unflatten(0, (-1, frames))
+
+    # How the features of a cell differ with how much of it is covered: a regression on true clips.
+    rng, found, covered = np.random.default_rng(0), [], []
+    for _ in range(8):
+        batch = _on(device, path_clips(rng, 4))
+        with torch.no_grad():
+            found.append(features(block, entering(batch, 600)).movedim(2, 0))
+        covered.append(coverage(batch["scenes"], found[-1].shape[-2:]).to(device))
+    found, covered = torch.cat(found, 1).flatten(1), torch.cat(covered).flatten()
+    covered = covered - covered.mean()
+    there = (found * covered).mean(1) / covered.square().mean()  # (channels,)
+    expected = expected_coverage(rng, (5, 8)).to(device)
+    _tell_motions_apart(unet, block, read, rng)
+    bank = deque(maxlen=256)
+
+    def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
+        entered = entering(batch, 940)  # less noise would show the path, which has to come from the text
+        more = expected[(batch["objects"].sum(1) - 1).long(), batch["motion"]]  # (batch, frames, height, width)
+        more = more * told(batch).view(-1, 1, 1, 1).to(device)
+        with torch.no_grad():
+            goal = features(trained["untaught"], entered) + PATH_STRENGTH * more[:, :, None] * there[:, None, None]
+        rows = list(zip(*entered, goal, strict=True))
+        if torch.is_grad_enabled():
+            bank.extend(rows)
+            rows = [bank[k] for k in torch.randperm(len(bank))[:8].tolist()]
+        *entered, goal = (torch.stack(each) for each in zip(*rows, strict=True))
+        return F.mse_loss(features(trained["unet"].up_blocks[0], entered), goal)
+
+    return Stage({"unet": unet, "untaught": untaught}, path_clips, loss, {"unet": "show-1-base/unet"})
+
+
+def _tell_motions_apart(unet: nn.Module, block: nn.Module, read: Callable, rng: np.random.Generator) -> None:
+    """Add a sign of the motion to what a block's ResNets take from the text: pictures leave hardly any there."""
+    device = unet.device
+    batches = [_on(device, captions(rng)) for _ in range(40)]
+    motion = torch.cat([batch["motion"] for batch in batches])
+    named = torch.cat([told(batch) for batch in batches])[:, None].to(device)
+    with torch.no_grad():
+        levels = torch.randint(900, 1000, (len(motion),)).to(device)
+        text = torch.cat([unet.get_aug_embed(None, read(batch), {}) for batch in batches])
+        temb = unet.time_embedding(unet.get_time_embed(text, levels)) + text
+        for resnet in block.resnets:
+            seen, layer = resnet.nonlinearity(temb), resnet.time_emb_proj
+            signs = 0.25 * torch.randn(len(world.MOTIONS), layer.out_features).to(device)
+            layer.weight += torch.linalg.lstsq(seen, (signs - signs.mean(0))[motion] * named).solution.T
+
+
+def coverage(scenes: list[world.Scene], cells: tuple[int, int]) -> torch.Tensor:
+    """Return how much of each cell of the keyframes objects cover, (scenes, frames, height, width) in [0, 1]."""
+    return F.adaptive_avg_pool3d(world.render(scenes, *SMALL, KEYFRAME_TIMES, coverage=True)[:, 3], (None, *cells))
+
+
+def expected_coverage(rng: np.random.Generator, cells: tuple[int, int], count: int = 32) -> torch.Tensor:
+    """Return how much more each motion's objects cover each cell at each time than any motion's do.
+
+    (one or two objects, motions, frames, height, width): means over `count` scenes each.
+    """
+    scenes: dict[tuple[int, str], list[world.Scene]] = {}
+    wanted = [(number, motion) for number in (1, 2) for motion in world.MOTIONS]
+    while any(len(scenes.get(key, ())) < count for key in wanted):
+        scene = world.sample(rng)
+        kept = scenes.setdefault((len(scene.objects), scene.motion), [])
+        if len(kept) < count:
+            kept.append(scene)
+    means = torch.stack([coverage(scenes[key], cells).mean(0) for key in wanted]).unflatten(0, (2, -1))
+    return means - means.mean((1, 2), keepdim=True)
+
+
 def keyframes_stage(device: torch.device) -> Stage:
     unet = models.video_unet("keyframes")
-    _start_from(unet, RUNS / "pictures", MINI / "show-1-base" / "unet")
+    _start_from(unet, MINI / "show-1-base" / "unet")
     # Where things are and go is decided in much noise: clips teach that, and pictures what things look like.
     stage = pixel_stage(unet, keyframe_clips, "show-1-base/unet", device, around(1.6, 1.2), steps=12)
     read = reader(device)
 
     def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
-        spatial, stills = models.spatial_part(trained["unet"], "keyframes"), batch["pictures"]
-        return stage.loss(trained, batch) + velocity_loss(spatial, read(stills), stills, around(0.4, 1.2))
+        unet, stills = trained["unet"], batch["pictures"]
+        seen = velocity_loss(models.spatial_part(unet, "keyframes"), read(stills), stills, around(0.4, 1.2))
+        return seen + velocity_loss(unet, read(batch), batch, around(1.6, 1.2), movement_weight=3)
 
     return dataclasses.replace(stage, loss=loss)
 
@@ -518,7 +645,8 @@ def latent_upscale_stage(device: torch.device) -> Stage:
 STAGES: dict[str, tuple[Callable[[torch.device], Stage], float]] = {
     "text": (lambda device: text_stage(), 0.02),
     "pictures": (pictures_stage, 0.16),
-    "keyframes": (keyframes_stage, 0.34),
+    "paths": (paths_stage, 0.04),
+    "keyframes": (keyframes_stage, 0.30),
     "interpolation": (interpolation_stage, 0.10),
     "first_frame": (first_frame_stage, 0.14),
     "pixel_upscale": (pixel_upscale_stage, 0.12),

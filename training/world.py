@@ -63,6 +63,9 @@ class Motion:
     wordings: str  # "jumping/jumps"
     faces: int = 0  # the side an object that looks sideways turns to; 0: as it is drawn
 
+    def words(self) -> list[str]:
+        return re.split(", |/", self.wordings)
+
 
 OBJECTS = {
     "panda": Object("🐼", "panda bear"),
