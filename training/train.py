@@ -468,7 +468,7 @@ def paths_stage(device: torch.device) -> Stage:
     Clips teach that too slowly: in much noise, where it has to come from the text, it is a small part of the error. But
     a trained picture UNet draws a thing wherever its deepest features say that one is. So the block learns to say it
     frame by frame: to add to its features what goes with a thing being there, times how much more often one is there in
-    this frame than in others. What enters the block is computed once a clip and used some 30 times.
+    this frame than in others. What enters the block is computed once a clip and used eight times.
     """
     unet = models.video_unet("keyframes")
     if not (RUNS / "pictures").exists():  # show_1/mini will not do: what has been taught would be taught on top of it
