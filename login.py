@@ -93,8 +93,7 @@ def _ask(logged_in: bool) -> str:
             return getpass.getpass("Token: ").strip()
     except EOFError:  # Ctrl-D
         raise KeyboardInterrupt from None
-    except (getpass.GetPassWarning, NotImplementedError, RuntimeError) as error:
-        # In a kernel whose notebook cannot ask, ipykernel raises a NotImplementedError, in some a RuntimeError.
+    except (getpass.GetPassWarning, RuntimeError) as error:  # RuntimeError: a notebook whose front end cannot ask
         raise nobody from error
 
 

@@ -402,7 +402,7 @@ def check_device(device: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(device)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise Show1Error(
             f"There is no device {str(device)!r} here: {str(error).splitlines()[0].rstrip('.')}.",
             "Leave the device out to use what there is, or say cpu.",

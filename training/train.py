@@ -153,6 +153,7 @@ def keyframe_clips(rng: np.random.Generator) -> dict:
 
 
 def path_clips(rng: np.random.Generator, count: int = 1) -> dict:
+    """Clips, and what they show, for the stage that teaches where motions have things."""
     scenes, captions = _scenes(rng, count)
     clean = world.render(scenes, *SMALL, KEYFRAME_TIMES)
     return {"clean": clean, "captions": captions, "scenes": scenes} | labels(scenes)
@@ -443,12 +444,13 @@ def pixel_stage(
     device: torch.device,
     draw_levels: Callable[[int], torch.Tensor],
     steps: int = 1,
+    movement_weight: float = 0.0,
 ) -> Stage:
     """A UNet that predicts pixels; `steps` are those that its sample sheets are drawn in."""
     read = reader(device)
 
     def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
-        return velocity_loss(trained["unet"], read(batch), batch, draw_levels)
+        return velocity_loss(trained["unet"], read(batch), batch, draw_levels, movement_weight=movement_weight)
 
     def sample(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
         return draw(trained["unet"], read(batch), batch, steps)
@@ -499,11 +501,12 @@ def paths_stage(device: torch.device) -> Stage:
         batch = _on(device, path_clips(rng, 4))
         with torch.no_grad():
             found.append(features(block, entering(batch, 600)).movedim(2, 0))
-        covered.append(coverage(batch["scenes"], found[-1].shape[-2:]).to(device))
+        cells = found[-1].shape[-2:]
+        covered.append(coverage(batch["scenes"], cells).to(device))
     found, covered = torch.cat(found, 1).flatten(1), torch.cat(covered).flatten()
     covered = covered - covered.mean()
     there = (found * covered).mean(1) / covered.square().mean()  # (channels,)
-    expected = expected_coverage(rng, (5, 8)).to(device)
+    expected = expected_coverage(rng, cells).to(device)
     _tell_motions_apart(unet, block, read, rng)
     bank = deque(maxlen=256)
 
@@ -564,13 +567,13 @@ def keyframes_stage(device: torch.device) -> Stage:
     unet = models.video_unet("keyframes")
     _start_from(unet, MINI / "show-1-base" / "unet")
     # Where things are and go is decided in much noise: clips teach that, and pictures what things look like.
-    stage = pixel_stage(unet, keyframe_clips, "show-1-base/unet", device, around(1.6, 1.2), steps=12)
+    levels, folder = around(1.6, 1.2), "show-1-base/unet"
+    stage = pixel_stage(unet, keyframe_clips, folder, device, levels, steps=12, movement_weight=3)
     read = reader(device)
 
     def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
-        unet, stills = trained["unet"], batch["pictures"]
-        seen = velocity_loss(models.spatial_part(unet, "keyframes"), read(stills), stills, around(0.4, 1.2))
-        return seen + velocity_loss(unet, read(batch), batch, around(1.6, 1.2), movement_weight=3)
+        spatial, stills = models.spatial_part(trained["unet"], "keyframes"), batch["pictures"]
+        return stage.loss(trained, batch) + velocity_loss(spatial, read(stills), stills, around(0.4, 1.2))
 
     return dataclasses.replace(stage, loss=loss)
 
@@ -645,8 +648,8 @@ def latent_upscale_stage(device: torch.device) -> Stage:
 STAGES: dict[str, tuple[Callable[[torch.device], Stage], float]] = {
     "text": (lambda device: text_stage(), 0.02),
     "pictures": (pictures_stage, 0.16),
-    "paths": (paths_stage, 0.04),
-    "keyframes": (keyframes_stage, 0.30),
+    "paths": (paths_stage, 0.06),
+    "keyframes": (keyframes_stage, 0.28),
     "interpolation": (interpolation_stage, 0.10),
     "first_frame": (first_frame_stage, 0.14),
     "pixel_upscale": (pixel_upscale_stage, 0.12),
