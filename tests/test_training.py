@@ -110,6 +110,30 @@ def test_the_spatial_part_draws_frames_as_the_new_video_unet_does_and_is_trained
     assert untrained and all("temp_" in name for name in untrained)
 
 
+@pytest.mark.parametrize(
+    ("new", "stage"),
+    [
+        (models.video_unet, "interpolation"),
+        (models.video_unet, "pixel_upscale"),
+        (models.picture_unet, "pixel_upscale"),
+    ],
+)
+def test_a_new_conditioned_unet_hands_its_condition_on(new, stage):
+    """The plain way, to which the training only adds: at the highest noise level the velocity is minus the sample."""
+    unet = new(stage)
+    shape = (2, 3, 4, 32, 48) if new is models.video_unet else (2, 3, 32, 48)
+    rng = torch.Generator().manual_seed(0)
+    levels = torch.rand(2, 3, *[1] * (len(shape) - 2), generator=rng) - 0.5  # each colour's mean has to come through
+    condition = 0.5 * (torch.rand(shape, generator=rng) - 0.5) + levels
+    mask = torch.ones(2, unet.config.in_channels - 6, *shape[2:])
+    model_input = torch.cat([torch.randn(shape, generator=rng), condition, mask], dim=1)
+    text = torch.randn(2, 77, models.TEXT_WIDTH, generator=rng)
+    noise_level = torch.tensor([20, 50]) if unet.config.class_embed_type else None
+    with torch.no_grad():
+        velocity = unet(model_input, torch.tensor([999, 999]), text, noise_level).sample
+    assert (velocity + condition).square().mean() < 0.01 * condition.var()
+
+
 def test_expected_coverage_moves_as_the_motions_say():
     """By the middle of where things are more often than at other times."""
     expected = train.expected_coverage(np.random.default_rng(0), (5, 8), count=6)

@@ -84,12 +84,58 @@ def video_unet(stage: str) -> UNet3DConditionModel:
             torch.nn.init.zeros_(module.bias)
         elif isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # the data never ends, so there is nothing to overfit
+    if unet.config.in_channels > unet.config.out_channels:
+        start_from_condition(unet)
     return unet
 
 
 def picture_unet(stage: str) -> UNet2DConditionModel:
     """Return a new UNet with the spatial layers of a stage's video UNet alone."""
-    return UNet2DConditionModel.from_config(json.loads(json.dumps(UNETS[stage]).replace("3D", "2D")))
+    unet = UNet2DConditionModel.from_config(json.loads(json.dumps(UNETS[stage]).replace("3D", "2D")))
+    if unet.config.in_channels > unet.config.out_channels:
+        start_from_condition(unet)
+    return unet
+
+
+@torch.no_grad()
+def start_from_condition(unet: UNet2DConditionModel) -> None:
+    """Have a UNet that is conditioned on a picture or clip predict that very one, the plain way that it has to better.
+
+    Its last ResNet is handed the condition's colours past all other layers, and only what is missing remains to be
+    learned. The normalisation before `conv_out` would take each colour's mean and contrast away; they survive beside a
+    channel of known and greater variance: the sample's noise, which is subtracted again in the end. So this holds at
+    the highest noise level, where one-step samplers start.
+    """
+    strength, shift = 5.0, 6.0  # of the noise beside a colour; of what enters GELU, to where it is linear
+    last, width = unet.up_blocks[-1].resnets[-1], unet.conv_in.out_channels
+    if width != 2 * unet.conv_norm_out.num_groups:
+        raise ValueError("The last normalisation has to be of two channels a group.")
+    middle = (slice(None), slice(None), 1, 1)  # of a kernel of 3 × 3
+
+    unet.conv_in.weight[:4] = 0
+    unet.conv_in.bias[:4] = 0
+    unet.conv_in.weight[middle][[0, 1, 2, 3], [3, 4, 5, 0]] = 1  # three colours, and the noise of the sample's first
+
+    unchanged = [last.conv2]
+    if hasattr(unet.up_blocks[-1], "temp_convs"):
+        unchanged.append(unet.up_blocks[-1].temp_convs[-1].conv4[-1])
+    for layer in (last.conv_shortcut, *unchanged):
+        layer.weight[:8] = 0
+        layer.bias[:8] = 0
+    colours, noises = last.conv_shortcut.weight[0:6:2, -width:, 0, 0], last.conv_shortcut.weight[1:8:2, -width:, 0, 0]
+    colours[[0, 1, 2], [0, 1, 2]] = 1
+    noises[:, 3] = strength
+    last.conv_shortcut.weight[6, 3 - width] = -strength  # the fourth group: the noise alone, to subtract it
+
+    unet.conv_norm_out.weight[:8] = 1
+    unet.conv_norm_out.bias[:8] = shift
+    unet.conv_out.weight.zero_()
+    unet.conv_out.bias.zero_()
+    for colour in range(3):  # the velocity: minus the colour
+        unet.conv_out.weight[colour, 2 * colour, 1, 1] = -strength / 2**0.5
+        unet.conv_out.weight[colour, 2 * colour + 1, 1, 1] = strength / 2**0.5
+        unet.conv_out.weight[colour, 6, 1, 1] = strength / 2
+        unet.conv_out.weight[colour, 7, 1, 1] = -strength / 2
 
 
 def spatial_part(unet: UNet3DConditionModel, stage: str) -> UNet2DConditionModel:

@@ -149,7 +149,7 @@ def pictures(rng: np.random.Generator, count: int = 32) -> dict:
 def keyframe_clips(rng: np.random.Generator) -> dict:
     """A batch of clips, and of pictures: many more things are seen so in the time that clips alone would take."""
     scenes, captions = _scenes(rng, 4)
-    return _painted(scenes, SMALL, KEYFRAME_TIMES) | {"captions": captions, "pictures": pictures(rng, 16)}
+    return _painted(scenes, SMALL, KEYFRAME_TIMES) | {"captions": captions, "pictures": pictures(rng, 24)}
 
 
 def path_clips(rng: np.random.Generator, count: int = 1) -> dict:
@@ -160,11 +160,11 @@ def path_clips(rng: np.random.Generator, count: int = 1) -> dict:
 
 
 def segments(rng: np.random.Generator) -> dict:
-    scenes, captions = _scenes(rng, 10)
-    starts = torch.from_numpy(rng.integers(0, 7, (10, 1))) * 4
+    scenes, captions = _scenes(rng, 4)
+    starts = torch.from_numpy(rng.integers(0, 7, (4, 1))) * 4
     painted = _painted(scenes, SMALL, (starts + torch.arange(5)) / 28)
     clean = painted["clean"]
-    ends = clean[:, :, [0, -1]] + 0.05 * torch.rand(10, 1, 1, 1, 1) * torch.randn_like(clean[:, :, [0, -1]])
+    ends = clean[:, :, [0, -1]] + 0.05 * torch.rand(4, 1, 1, 1, 1) * torch.randn_like(clean[:, :, [0, -1]])
     between = F.interpolate(ends, size=clean.shape[2:], mode="trilinear", align_corners=True)
     mask = torch.zeros_like(between[:, :1])
     mask[:, :, [0, -1]] = 1
@@ -180,8 +180,8 @@ def _degrade(rng: np.random.Generator, frames: torch.Tensor) -> torch.Tensor:
 
 
 def enlarged_pictures(rng: np.random.Generator) -> dict:
-    scenes, captions = _scenes(rng, 12)
-    times = torch.from_numpy(rng.random((12, 1))).float()
+    scenes, captions = _scenes(rng, 4)
+    times = torch.from_numpy(rng.random((4, 1))).float()
     small = _degrade(rng, world.render(scenes, *SMALL, times)[:, :, 0])
     condition, level = _noised_condition(rng, small, MEDIUM)
     painted = {key: value[:, :, 0] for key, value in _painted(scenes, MEDIUM, times).items()}
@@ -189,7 +189,7 @@ def enlarged_pictures(rng: np.random.Generator) -> dict:
 
 
 def enlarged_windows(rng: np.random.Generator) -> dict:
-    scenes, captions = _scenes(rng, 2)
+    scenes, captions = _scenes(rng, 1)
     times = (rng.integers(0, 22) + torch.arange(8)) / 28
     painted = _painted(scenes, MEDIUM, times)
     clean = painted["clean"]
@@ -205,7 +205,7 @@ def enlarged_windows(rng: np.random.Generator) -> dict:
 
 def _noised_condition(rng: np.random.Generator, small: torch.Tensor, size: tuple[int, int]):
     enlarged = F.interpolate(small, size=size, mode="bilinear", align_corners=True)
-    level = torch.full((len(small),), int(rng.integers(0, 250)))
+    level = torch.full((len(small),), int(rng.integers(0, 100)))
     return NOISE.add_noise(enlarged, torch.randn_like(enlarged), level), level
 
 
