@@ -292,8 +292,8 @@ def test_stop_here_keeps_the_clip(app, browser):
 
 
 @needs_chromium
-def test_two_visitors_take_turns_and_see_their_own_until_the_queue_is_full(tiny_cascade, tmp_path, browser):
-    with serve(tiny_cascade, tmp_path, "--queue-size", "3") as server:
+def test_two_visitors_take_turns_and_see_their_own_until_the_queue_is_full(one_step_cascade, tmp_path, browser):
+    with serve(one_step_cascade, tmp_path, "--queue-size", "3") as server:
         context = browser.new_context()
         first, second = visit(context, server), visit(browser, server)
         running = asking(first, "a cat", steps="900")
@@ -318,7 +318,7 @@ def test_two_visitors_take_turns_and_see_their_own_until_the_queue_is_full(tiny_
         storage = first.evaluate("() => JSON.stringify(localStorage)")
 
     # After a restart they are all still there. (The server has another port now, hence the storage carried over.)
-    with serve(tiny_cascade, tmp_path) as server:
+    with serve(one_step_cascade, tmp_path) as server:
         context.add_init_script(f"if (!localStorage.length) Object.assign(localStorage, {storage})")
         page = visit(context, server)
         expect(page.locator("#gallery li")).to_have_count(2)

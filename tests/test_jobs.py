@@ -136,9 +136,9 @@ def test_presets_are_the_cascades_of_the_same_models_and_mini(tiny_cascade, one_
             jobs.submit("me", "a cat", preset=wrong)
 
 
-def test_mini_runs_while_the_models_are_still_coming(tiny_cascade, tmp_path, monkeypatch):
+def test_mini_runs_while_the_models_are_still_coming(one_step_cascade, tmp_path, monkeypatch):
     real, may_load = Show1Pipeline.from_cascade, threading.Event()
-    tiny = Cascade.load(tiny_cascade)
+    tiny = Cascade.load(one_step_cascade)
 
     def load(cascade, *arguments, **options):
         if cascade.name == "Mini":  # which is too slow for a test: only what happens around it counts
@@ -150,7 +150,7 @@ def test_mini_runs_while_the_models_are_still_coming(tiny_cascade, tmp_path, mon
     monkeypatch.setattr(
         jobs_module.Jobs, "changed_cascade", lambda self, preset, changes: self.presets[preset] and tiny
     )
-    with jobs_in(tmp_path, tiny_cascade) as jobs:
+    with jobs_in(tmp_path, one_step_cascade) as jobs:
         large, small = jobs.submit("me", "a cat"), jobs.submit("me", "a cat", preset="mini")
         until(lambda: small.ended)
         assert small.state == DONE and large.state == WAITING and jobs.engine.preparation.phase == "loading"
@@ -249,9 +249,9 @@ def test_bad_input_is_refused_in_two_sentences(tiny_cascade, tmp_path, prompt, s
     assert not jobs.of("me") and not list(tmp_path.iterdir())
 
 
-def test_odd_prompts_are_kept_as_they_are(jobs):
+def test_odd_prompts_are_kept_as_they_are(one_step_cascade, jobs):
     prompts = ["قطة تقفز في الثلج", "🐼 in the ❄️", "one\ntwo\tthree", "<script>alert(1)</script> ../../etc\0/passwd"]
-    made = [jobs.submit("me", prompt) for prompt in prompts]
+    made = [jobs.submit("me", prompt, preset="one-step") for prompt in prompts]
     for job, prompt in zip(made, prompts, strict=True):
         until(lambda job=job: job.ended)
         assert job.state == DONE, job.fault
