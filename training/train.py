@@ -235,7 +235,7 @@ def around(middle: float, spread: float) -> Callable[[int], torch.Tensor]:
 
 def mostly(level: int) -> Callable[[int], torch.Tensor]:
     """Return what draws mostly the noise level from which a sampler of one step starts, and at times any below."""
-    return lambda count: torch.where(torch.rand(count) < 0.8, level, torch.randint(0, level + 1, (count,)))
+    return lambda count: torch.where(torch.rand(count) < 0.95, level, torch.randint(0, level + 1, (count,)))
 
 
 def native_bfloat16(device: torch.device) -> bool:
