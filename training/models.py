@@ -84,16 +84,14 @@ def video_unet(stage: str) -> UNet3DConditionModel:
             torch.nn.init.zeros_(module.bias)
         elif isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # the data never ends, so there is nothing to overfit
-    if unet.config.in_channels > unet.config.out_channels:
-        start_from_condition(unet)
+    start_from_condition(unet)
     return unet
 
 
 def picture_unet(stage: str) -> UNet2DConditionModel:
     """Return a new UNet with the spatial layers of a stage's video UNet alone."""
     unet = UNet2DConditionModel.from_config(json.loads(json.dumps(UNETS[stage]).replace("3D", "2D")))
-    if unet.config.in_channels > unet.config.out_channels:
-        start_from_condition(unet)
+    start_from_condition(unet)
     return unet
 
 
@@ -105,8 +103,11 @@ def start_from_condition(unet: UNet2DConditionModel) -> None:
     learned. The normalisation before `conv_out` would take each colour's mean and contrast away; they survive beside a
     channel of known and greater variance: the sample's noise, which is subtracted again in the end. So this holds at
     the highest noise level, where one-step samplers start. GELU lets z through as GELU(z) − GELU(−z); to shift z to
-    where GELU is straight would cost bfloat16 too much (31 dB against 42, measured).
+    where GELU is straight would cost bfloat16 too much (31 dB against 42, measured). A UNet without a condition is left
+    as it is.
     """
+    if unet.config.in_channels == unet.config.out_channels:
+        return
     strength = 4.0  # of the noise beside a colour: more costs half precision, less the colour
     last, width = unet.up_blocks[-1].resnets[-1], unet.conv_in.out_channels
     if width != 2 * unet.conv_norm_out.num_groups:
