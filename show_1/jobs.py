@@ -143,7 +143,12 @@ class Jobs:
         self._beside = ThreadPoolExecutor(1, "beside", initializer=_low_priority)
         self._read()
 
-    def start(self) -> None:
+    def start(self, head_start: float = 0) -> None:
+        """Begin to work: at once where a job waits, else after `head_start` seconds.
+
+        Loading needs all cores. A browser that opens the page meanwhile would wait for it, and so it may go first.
+        """
+        self._idle_until = time.monotonic() + head_start
         for line in self._lines:
             line.thread = threading.Thread(target=self._work, args=(line,), name="jobs", daemon=True)
             line.thread.start()
@@ -316,6 +321,10 @@ class Jobs:
 
     def _work(self, line: Line) -> None:
         if line.engine is self.engine:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._closing or self._queue(line), max(self._idle_until - time.monotonic(), 0)
+                )
             self._prepare(line)
         while True:
             with self._changed:

@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from show_1 import Show1Pipeline, video
+from show_1 import Show1Pipeline
 from show_1.errors import exit_code
 from show_1.pipeline import check_device
 from show_1.stages.denoise import finish
 from training import judge, world
-from training.train import FULL, MEDIUM, SMALL
+from training.train import FULL, MEDIUM, SMALL, degrade
 
 ASPECTS = ("object", "place", "motion")
 CLIPS = ("keyframes", "interpolated", "pixel_upscaled", "video")
@@ -152,15 +152,21 @@ def seconds_a_video(pipeline: Show1Pipeline, count: int = 3) -> float:
 def stages_earn_their_place(pipeline: Show1Pipeline, count: int) -> dict:
     """Measure the later stages against the plain ways, on degraded true frames of the world.
 
-    Interpolation: mean squared error to the true frames between the keyframes, against a linear blend. Upscales: the
-    judge's perceptual distance to the true frames, against bicubic enlargement.
+    Interpolation: mean squared error to the true frames between the keyframes, given with noise, against a linear
+    blend. Upscales: the judge's perceptual distance to the true frames, given with noise and half the time blurred as
+    in training, against bicubic enlargement.
     """
     rng, critic, cascade = np.random.default_rng(99), judge.load(), pipeline.cascade
     found = {name: [] for name in ("interpolation", "blend", "pixel", "pixel_bicubic", "latent", "latent_bicubic")}
+    torch.manual_seed(99)  # what degrades the frames
+
+    def degraded(clip: torch.Tensor) -> torch.Tensor:
+        return degrade(rng, clip[0].transpose(0, 1)).clamp(-1, 1).transpose(0, 1)[None]
+
     for seed in tqdm(range(count), desc="stages"):
         scene = world.sample(rng, train=False)
         small, medium, full = (world.render([scene], *size, ALL_TIMES) for size in (SMALL, MEDIUM, FULL))
-        noisy = (small + 0.04 * torch.randn(small.shape, generator=torch.Generator().manual_seed(seed))).clamp(-1, 1)
+        noisy = (small + 0.04 * torch.randn_like(small)).clamp(-1, 1)
         text = pipeline.keyframes.encode(scene.caption)
         between = pipeline.interpolation(text, noisy[:, :, ::4], **cascade.stream_settings("interpolation"), seed=seed)
         blend = F.interpolate(noisy[:, :, ::4], size=small.shape[2:], mode="trilinear", align_corners=True)
@@ -168,20 +174,21 @@ def stages_earn_their_place(pipeline: Show1Pipeline, count: int) -> dict:
         found["interpolation"].append(F.mse_loss(between[:, :, inner], small[:, :, inner]).item())
         found["blend"].append(F.mse_loss(blend[:, :, inner], small[:, :, inner]).item())
 
+        given = degraded(small)
         first = finish(
             pipeline.pixel_upscale.stream_first_frame(
-                text, noisy[:, :, 0], **cascade.stream_settings("first_frame"), seed=seed
+                text, given[:, :, 0], **cascade.stream_settings("first_frame"), seed=seed
             )
         )
-        enlarged = pipeline.pixel_upscale(text, noisy, first, **cascade.stream_settings("pixel_upscale"), seed=seed)
+        enlarged = pipeline.pixel_upscale(text, given, first, **cascade.stream_settings("pixel_upscale"), seed=seed)
         found["pixel"].append(critic.distance(enlarged, medium))
-        found["pixel_bicubic"].append(critic.distance(_bicubic(noisy, MEDIUM), medium))
+        found["pixel_bicubic"].append(critic.distance(_bicubic(given, MEDIUM, align_corners=True), medium))
 
-        noisy = (medium + 0.04 * torch.randn(medium.shape, generator=torch.Generator().manual_seed(seed))).clamp(-1, 1)
+        given = degraded(medium)
         latent_text = pipeline.latent_upscale.encode(scene.caption, cascade.latent_upscale.negative_prompt)
-        redrawn = pipeline.latent_upscale(latent_text, noisy, **cascade.stream_settings("latent_upscale"), seed=seed)
+        redrawn = pipeline.latent_upscale(latent_text, given, **cascade.stream_settings("latent_upscale"), seed=seed)
         found["latent"].append(critic.distance(redrawn, full))
-        found["latent_bicubic"].append(critic.distance(_bicubic(noisy, FULL), full))
+        found["latent_bicubic"].append(critic.distance(_bicubic(given, FULL, align_corners=False), full))
     return {name: round(float(np.mean(values)), 5) for name, values in found.items()}
 
 
@@ -209,9 +216,10 @@ def contact_sheet(results: list[tuple[np.ndarray, str]], columns: int = 3) -> Im
     return sheet
 
 
-def _bicubic(clip: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    frames = [Image.fromarray(frame).resize(size[::-1], Image.Resampling.BICUBIC) for frame in video.to_uint8(clip)]
-    return video.from_uint8(frames)
+def _bicubic(clip: torch.Tensor, size: tuple[int, int], align_corners: bool) -> torch.Tensor:
+    """Return a clip of one prompt enlarged plainly, its corners put where the stage that does better has them."""
+    enlarged = F.interpolate(clip[0].transpose(0, 1), size=size, mode="bicubic", align_corners=align_corners)
+    return enlarged.clamp(-1, 1).transpose(0, 1)[None]
 
 
 def main() -> None:

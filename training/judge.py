@@ -54,7 +54,7 @@ class Judge(nn.Module):
         )  # fmt: skip
 
     def features(self, frames: torch.Tensor) -> list[torch.Tensor]:
-        """Return what each level sees in (frames, 3, 80, 144) images in [−1, 1], finest first."""
+        """Return what each level sees in (frames, 3, height, width) images in [−1, 1], finest first."""
         found = []
         for level in self.levels:
             frames = level(frames)
@@ -84,16 +84,20 @@ class Judge(nn.Module):
     def distance(self, clip: torch.Tensor, truth: torch.Tensor) -> float:
         """Return how differently the judge sees two clips, as LPIPS does (arXiv 1801.03924), with its own features.
 
-        Both are looked at in the judge's size: of larger clips, their finest detail is not seen.
+        Both are looked at in their own size, which has to be the same, down to their finest detail.
         """
-        pairs = zip(*(self.features(look(c.float()).transpose(1, 2).flatten(0, 1)) for c in (clip, truth)), strict=True)
+        frames = (_eight(c.float()).transpose(1, 2).flatten(0, 1) for c in (clip, truth))
+        pairs = zip(*map(self.features, frames), strict=True)
         return sum((F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean().item() for a, b in pairs)
 
 
 def look(clip: torch.Tensor) -> torch.Tensor:
     """Return eight frames of a clip, evenly spread, at the judge's size."""
-    chosen = torch.linspace(0, clip.shape[2] - 1, FRAMES).round().long()
-    return _resize(clip[:, :, chosen], SIZE)
+    return _resize(_eight(clip), SIZE)
+
+
+def _eight(clip: torch.Tensor) -> torch.Tensor:
+    return clip[:, :, torch.linspace(0, clip.shape[2] - 1, FRAMES).round().long()]
 
 
 def _resize(clip: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -121,7 +121,10 @@ def _painted(scenes: list[world.Scene], size: tuple[int, int], times: torch.Tens
 
 
 def _cut(rng: np.random.Generator, batch: dict, side: int) -> dict:
-    """Cut a batch's frames to squares around what they show: less work, and hardly anything to see is lost."""
+    """Cut a batch's frames to squares around what they show: less work, and hardly anything to see is lost.
+
+    Whole frames have to come up besides: their means and variances, which normalisation takes away, are others.
+    """
     height, width = batch["clean"].shape[-2:]
     covered = (batch["weight"] - 0.999).flatten(1, -3).sum(1)  # (batch, height, width)
     starts = []
@@ -139,17 +142,18 @@ def _cut(rng: np.random.Generator, batch: dict, side: int) -> dict:
     return batch | {key: squares(batch[key]) for key in ("clean", "weight", "condition") if key in batch}
 
 
-def pictures(rng: np.random.Generator, count: int = 32) -> dict:
+def pictures(rng: np.random.Generator, count: int = 20) -> dict:
+    """Whole frames: from squares of them the model learns to put the thing that is asked for into every square."""
     scenes, captions = _scenes(rng, count)
     times = torch.from_numpy(rng.random((count, 1))).float()
     painted = {key: value[:, :, 0] for key, value in _painted(scenes, SMALL, times).items()}
-    return _cut(rng, painted, SMALL[0]) | {"captions": captions}
+    return painted | {"captions": captions}
 
 
 def keyframe_clips(rng: np.random.Generator) -> dict:
     """A batch of clips, and of pictures: many more things are seen so in the time that clips alone would take."""
     scenes, captions = _scenes(rng, 4)
-    return _painted(scenes, SMALL, KEYFRAME_TIMES) | {"captions": captions, "pictures": pictures(rng, 24)}
+    return _painted(scenes, SMALL, KEYFRAME_TIMES) | {"captions": captions, "pictures": pictures(rng, 16)}
 
 
 def path_clips(rng: np.random.Generator, count: int = 1) -> dict:
@@ -171,7 +175,7 @@ def segments(rng: np.random.Generator) -> dict:
     return painted | {"condition": torch.cat([between, mask], dim=1), "captions": captions}
 
 
-def _degrade(rng: np.random.Generator, frames: torch.Tensor) -> torch.Tensor:
+def degrade(rng: np.random.Generator, frames: torch.Tensor) -> torch.Tensor:
     """Return (batch, channels, height, width) frames with the faults of a small model's: noise, and at times blur."""
     if rng.random() < 0.5:
         blurred = F.avg_pool2d(F.pad(frames, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
@@ -180,12 +184,14 @@ def _degrade(rng: np.random.Generator, frames: torch.Tensor) -> torch.Tensor:
 
 
 def enlarged_pictures(rng: np.random.Generator) -> dict:
-    scenes, captions = _scenes(rng, 4)
-    times = torch.from_numpy(rng.random((4, 1))).float()
-    small = _degrade(rng, world.render(scenes, *SMALL, times)[:, :, 0])
+    whole = rng.random() < 0.5
+    scenes, captions = _scenes(rng, 2 if whole else 4)
+    times = torch.from_numpy(rng.random((len(scenes), 1))).float()
+    small = degrade(rng, world.render(scenes, *SMALL, times)[:, :, 0])
     condition, level = _noised_condition(rng, small, MEDIUM)
     painted = {key: value[:, :, 0] for key, value in _painted(scenes, MEDIUM, times).items()}
-    return _cut(rng, painted | {"condition": condition}, 64) | {"noise_level": level, "captions": captions}
+    batch = painted | {"condition": condition}
+    return (batch if whole else _cut(rng, batch, 64)) | {"noise_level": level, "captions": captions}
 
 
 def enlarged_windows(rng: np.random.Generator) -> dict:
@@ -194,12 +200,13 @@ def enlarged_windows(rng: np.random.Generator) -> dict:
     painted = _painted(scenes, MEDIUM, times)
     clean = painted["clean"]
     small = world.render(scenes, *SMALL, times)
-    small = _degrade(rng, small.transpose(1, 2).flatten(0, 1))
+    small = degrade(rng, small.transpose(1, 2).flatten(0, 1))
     condition, level = _noised_condition(rng, small, MEDIUM)
     condition = condition.unflatten(0, (len(scenes), -1)).transpose(1, 2).contiguous()
     # The window's sharp lead, at times with faults of its own: in the chain it comes from a model.
-    condition[:, :, 0] = _degrade(rng, clean[:, :, 0]) if rng.random() < 0.5 else clean[:, :, 0]
-    batch = _cut(rng, painted | {"condition": condition}, 64)
+    condition[:, :, 0] = degrade(rng, clean[:, :, 0]) if rng.random() < 0.5 else clean[:, :, 0]
+    batch = painted | {"condition": condition}
+    batch = batch if rng.random() < 0.3 else _cut(rng, batch, 64)
     return batch | {"noise_level": level[: len(scenes)], "captions": captions}
 
 
@@ -209,20 +216,27 @@ def _noised_condition(rng: np.random.Generator, small: torch.Tensor, size: tuple
     return NOISE.add_noise(enlarged, torch.randn_like(enlarged), level), level
 
 
-def full_crops(rng: np.random.Generator) -> dict:
-    scenes, _ = _scenes(rng, 4)
-    frames = world.render(scenes, *FULL, torch.from_numpy(rng.random((4, 1))).float())[:, :, 0]
-    top, left = rng.integers(0, FULL[0] - 96 + 1), rng.integers(0, FULL[1] - 96 + 1)
-    return {"clean": frames[:, :, top : top + 96, left : left + 96]}
+def full_frames(rng: np.random.Generator, count: int = 1) -> dict:
+    """Whole frames, or as often three times as many squares of a fifth of their area."""
+    whole = rng.random() < 0.5
+    count = count if whole else 3 * count
+    scenes, _ = _scenes(rng, count)
+    painted = _painted(scenes, FULL, torch.from_numpy(rng.random((count, 1))).float())
+    frames = {key: value[:, :, 0] for key, value in painted.items()}
+    return frames if whole else _cut(rng, frames, 96)
 
 
 def full_windows(rng: np.random.Generator) -> dict:
-    scenes, captions = _scenes(rng, 1)
+    whole = rng.random() < 0.3
+    scenes, captions = _scenes(rng, 1 if whole else 2)
     times = (rng.integers(0, 25) + torch.arange(4)) / 28
-    clean = world.render(scenes, *FULL, times)
-    medium = _degrade(rng, world.render(scenes, *MEDIUM, times)[0].transpose(0, 1))
-    enlarged = F.interpolate(medium, size=FULL, mode="bicubic", align_corners=False).clamp(-1, 1)
-    return {"clean": clean, "enlarged": enlarged.transpose(0, 1)[None], "captions": captions}
+    medium, small = (world.render(scenes, *size, times).transpose(1, 2).flatten(0, 1) for size in (MEDIUM, SMALL))
+    soft = F.interpolate(small, size=MEDIUM, mode="bicubic", align_corners=True)  # what the stage before starts from
+    medium = degrade(rng, medium.lerp(soft, 0.7 * float(rng.random())))
+    enlarged = F.interpolate(medium, size=FULL, mode="bicubic", antialias=True).clamp(-1, 1)
+    condition = enlarged.unflatten(0, (len(scenes), -1)).transpose(1, 2)
+    batch = _painted(scenes, FULL, times) | {"condition": condition}
+    return (batch if whole else _cut(rng, batch, 96)) | {"captions": captions}
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
@@ -250,10 +264,13 @@ def velocity_loss(
     draw_levels: Callable[[int], torch.Tensor],
     top: int = 1000,
     movement_weight: float = 0.0,
+    edge_weight: float = 0.0,
 ) -> torch.Tensor:
     """Return the weighted squared error of the predicted velocity (arXiv 2202.00512) at levels below `top`.
 
     The error less its mean over a clip's frames, which is that of what moves, counts `movement_weight` times more.
+    `edge_weight` is that of the absolute error in differences between neighbouring pixels: squares alone would rather
+    have a blur than an edge a little beside its place.
 
     A batch with a "degraded" sample starts from it at the highest level and from the clean one at the lowest, with the
     velocity always pointing to the clean one: so a chain that starts from a degraded sample learns to repair it.
@@ -276,6 +293,9 @@ def velocity_loss(
         moving = error - error.mean(2, keepdim=True)
         weight = weight.amax(2, keepdim=True)  # where an object ever is, so that the weighting does not move with it
         loss = loss + movement_weight * (moving.square() * weight).mean() / weight.mean()
+    if edge_weight:
+        edges = sum((error.diff(dim=d).abs() * weight.narrow(d, 1, weight.shape[d] - 1)).mean() for d in (-2, -1))
+        loss = loss + edge_weight * edges / weight.mean()
     return loss
 
 
@@ -444,13 +464,13 @@ def pixel_stage(
     device: torch.device,
     draw_levels: Callable[[int], torch.Tensor],
     steps: int = 1,
-    movement_weight: float = 0.0,
+    **weights: float,
 ) -> Stage:
-    """A UNet that predicts pixels; `steps` are those that its sample sheets are drawn in."""
+    """A UNet that predicts pixels; `steps` are those that its sample sheets are drawn in, `weights` velocity_loss's."""
     read = reader(device)
 
     def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
-        return velocity_loss(trained["unet"], read(batch), batch, draw_levels, movement_weight=movement_weight)
+        return velocity_loss(trained["unet"], read(batch), batch, draw_levels, **weights)
 
     def sample(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
         return draw(trained["unet"], read(batch), batch, steps)
@@ -567,7 +587,7 @@ def keyframes_stage(device: torch.device) -> Stage:
     unet = models.video_unet("keyframes")
     _start_from(unet, MINI / "show-1-base" / "unet")
     # Where things are and go is decided in much noise: clips teach that, and pictures what things look like.
-    levels, folder = around(1.6, 1.2), "show-1-base/unet"
+    levels, folder = around(1.2, 1.3), "show-1-base/unet"
     stage = pixel_stage(unet, keyframe_clips, folder, device, levels, steps=12, movement_weight=3)
     read = reader(device)
 
@@ -587,28 +607,28 @@ def interpolation_stage(device: torch.device) -> Stage:
 def first_frame_stage(device: torch.device) -> Stage:
     unet = models.picture_unet("pixel_upscale").to(memory_format=torch.channels_last)
     _start_from(unet, MINI / "IF-II-L" / "unet")
-    return pixel_stage(unet, enlarged_pictures, "IF-II-L/unet", device, mostly(999))
+    return pixel_stage(unet, enlarged_pictures, "IF-II-L/unet", device, mostly(999), edge_weight=0.3)
 
 
 def pixel_upscale_stage(device: torch.device) -> Stage:
     unet = models.video_unet("pixel_upscale")
     _start_from(unet, MINI / "show-1-sr1" / "unet", MINI / "IF-II-L" / "unet")
-    return pixel_stage(unet, enlarged_windows, "show-1-sr1/unet", device, mostly(999))
+    return pixel_stage(unet, enlarged_windows, "show-1-sr1/unet", device, mostly(999), edge_weight=0.3)
 
 
 def vae_stage(device: torch.device) -> Stage:
-    crops = full_crops(np.random.default_rng(0))["clean"].to(device)
+    frames = full_frames(np.random.default_rng(0), 4)["clean"].to(device)
 
     def scale_latents(trained: dict[str, nn.Module]) -> None:
         # The diffusion model wants latents of unit variance.
-        deviation = trained["vae"].encode(crops).latent_dist.mean.std().item()
+        deviation = trained["vae"].encode(frames).latent_dist.mean.std().item()
         trained["vae"].register_to_config(scaling_factor=1 / deviation)
 
     vae = models.autoencoder()
     _start_from(vae, MINI / "show-1-sr2" / "vae")
     return Stage(
         {"vae": vae},
-        full_crops,
+        full_frames,
         lambda trained, batch: autoencoder_loss(trained["vae"], batch),
         {"vae": "show-1-sr2/vae"},
         scale_latents,
@@ -626,15 +646,15 @@ def latent_upscale_stage(device: torch.device) -> Stage:
     for name, model in trained.items():
         _start_from(model, folder / name)
 
-    def latents(clip: torch.Tensor) -> torch.Tensor:
-        mean = vae.encode(clip[0].transpose(0, 1)).latent_dist.mean
-        return mean.transpose(0, 1)[None] * vae.config.scaling_factor
+    def latents(clips: torch.Tensor) -> torch.Tensor:
+        mean = vae.encode(clips.transpose(1, 2).flatten(0, 1)).latent_dist.mean
+        return mean.unflatten(0, (len(clips), -1)).transpose(1, 2).float() * vae.config.scaling_factor
 
     def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=native_bfloat16(device)):
-            clean, enlarged = latents(batch["clean"]).float(), latents(batch["enlarged"]).float()
+            clean, enlarged = latents(batch["clean"]), latents(batch["condition"])
         states = _states(trained["text_encoder"], _tokens(tokenizer, batch))
-        return velocity_loss(trained["unet"], states, {"clean": clean, "degraded": enlarged}, mostly(100), top=100)
+        return velocity_loss(trained["unet"], states, {"clean": clean, "degraded": enlarged}, mostly(50), top=50)
 
     return Stage(
         trained,
@@ -650,11 +670,11 @@ STAGES: dict[str, tuple[Callable[[torch.device], Stage], float]] = {
     "pictures": (pictures_stage, 0.16),
     "paths": (paths_stage, 0.06),
     "keyframes": (keyframes_stage, 0.28),
-    "interpolation": (interpolation_stage, 0.10),
+    "interpolation": (interpolation_stage, 0.06),
     "first_frame": (first_frame_stage, 0.14),
     "pixel_upscale": (pixel_upscale_stage, 0.12),
-    "vae": (vae_stage, 0.04),
-    "latent_upscale": (latent_upscale_stage, 0.08),
+    "vae": (vae_stage, 0.06),
+    "latent_upscale": (latent_upscale_stage, 0.10),
 }
 
 

@@ -26,6 +26,7 @@ SPRITE_FILL = 0.86  # part of that side the object takes; the rest is room for i
 LEVELS = [round(SPRITE * 2 ** (-k / 2)) for k in range(9)]  # 128, 91, 64, ... 8: sides of the scaled-down sprites
 RANDOM_NUMBERS = 320  # uniform numbers behind the looks of one clip; the first PATH_NUMBERS are for the motion
 PATH_NUMBERS = 12
+ASPECT = 1.6  # width of the keyframes to their height
 SMALL = 48  # frames less high than this are painted twice as large and averaged
 
 
@@ -221,12 +222,12 @@ class Canvas:
     Masks are in [0, 1], colours (clips or 1, 3, 1, 1, 1) in [0, 1]. Positions in time, `t`, run over 0..1.
     """
 
-    def __init__(self, numbers: Tensor, times: Tensor, height: int, width: int):
+    def __init__(self, numbers: Tensor, times: Tensor, ys: Tensor, xs: Tensor):
         self.numbers, self.used = numbers, 0
-        self.height, self.pixel = height, 1 / height
+        self.height, self.pixel = len(ys), 1 / len(ys)
         self.t = times[:, None, :, None, None]
-        self.y = ((torch.arange(height) + 0.5) / height).view(1, 1, 1, -1, 1)
-        self.x = ((torch.arange(width) + 0.5 - width / 2) / height).view(1, 1, 1, 1, -1)
+        self.y = 0.5 + ys.view(1, 1, 1, -1, 1)
+        self.x = xs.view(1, 1, 1, 1, -1)
 
     def random(self, low: float = 0.0, high: float = 1.0) -> Tensor:
         self.used += 1
@@ -657,7 +658,7 @@ def sample(rng: np.random.Generator, *, train: bool = True) -> Scene:
     """A random scene: never of a held-out combination, or with train=False only of those, with plain captions."""
     names, places, motions = list(OBJECTS), list(PLACES), list(MOTIONS)
     while True:
-        count = 2 if train and rng.random() < 0.15 else 1
+        count = 2 if train and rng.random() < 0.3 else 1
         objects = tuple(names[k] for k in rng.choice(len(names), count, replace=False))
         place, motion = places[rng.integers(len(places))], motions[rng.integers(len(motions))]
         kept = [held_out(name, place, motion) for name in objects]
@@ -730,11 +731,9 @@ def _place(scenes: list[Scene], numbers: Tensor, paths: Tensor, order: int) -> T
     return torch.stack(torch.broadcast_tensors(x, y, size, angle + _between(-0.12, 0.12, tilt), flip))
 
 
-def _draw(frames: Tensor, where: Tensor, objects: Tensor, rows: Tensor) -> None:
+def _draw(frames: Tensor, where: Tensor, objects: Tensor, rows: Tensor, ys: Tensor, xs: Tensor) -> None:
     """Draw one object onto each of frames[where], (n, 4, height, width), in place; rows: (5, n) as in `_place`."""
-    height, width = frames.shape[-2:]
-    ys = ((torch.arange(height) + 0.5) / height - 0.5).view(1, -1, 1)
-    xs = ((torch.arange(width) + 0.5 - width / 2) / height).view(1, 1, -1)
+    height, ys, xs = len(ys), ys.view(1, -1, 1), xs.view(1, 1, -1)
     side = rows[2] / SPRITE_FILL  # of the whole sprite
     level = (torch.tensor(LEVELS)[:, None] >= side * height).sum(0).clamp(min=1) - 1  # the smallest that is big enough
     for k in level.unique().tolist():
@@ -755,17 +754,36 @@ def render(scenes: list[Scene], height: int, width: int, times: Tensor, *, cover
 
     `times` is (frames,) or (batch, frames) in [0, 1], 0 the first frame of the clip and 1 the last. With `coverage`
     a fourth channel says how much of a pixel the objects cover, from 0 to 1.
+
+    All sizes show the same, so that stages have to enlarge and not to guess: whatever its shape, a frame is 1.6 heights
+    wide, as the cascade stretches a little in the end, and frames less than SMALL high are zoomed out by 2 to 4 %, as
+    the pixel upscale enlarges them four times with their corner pixels kept in place.
     """
-    if height < SMALL:  # at this size an edge one pixel wide is too coarse: average a picture twice as large
-        big = render(scenes, 2 * height, 2 * width, times, coverage=coverage)
-        return F.avg_pool3d(big, (1, 2, 2))
+    if height >= SMALL:
+        return _paint(scenes, _pixels(height), _pixels(width) * ASPECT, times, coverage)
+    # At this size an edge one pixel wide is too coarse: average a picture twice as large.
+    ys, xs = (
+        _pixels(2 * size) * heights * (1 - 1 / (4 * size)) / (1 - 1 / size)
+        for size, heights in ((height, 1), (width, ASPECT))
+    )
+    return F.avg_pool3d(_paint(scenes, ys, xs, times, coverage), (1, 2, 2))
+
+
+def _pixels(count: int) -> Tensor:
+    """Where a row's pixels are, between -0.5 and 0.5."""
+    return (torch.arange(count) + 0.5) / count - 0.5
+
+
+def _paint(scenes: list[Scene], ys: Tensor, xs: Tensor, times: Tensor, coverage: bool) -> Tensor:
+    """Paint clips as `render` returns them, at pixels (ys, xs): in frame heights, from the middle of the frame."""
+    height, width = len(ys), len(xs)
     times = times.float().expand(len(scenes), -1)
     count = times.shape[1]
     numbers = _numbers(scenes)
     clips = torch.zeros(len(scenes), count, 4, height, width)
     for place in dict.fromkeys(scene.place for scene in scenes):
         chosen = torch.tensor([index for index, scene in enumerate(scenes) if scene.place == place])
-        canvas = Canvas(numbers[chosen, PATH_NUMBERS:], times[chosen], height, width)
+        canvas = Canvas(numbers[chosen, PATH_NUMBERS:], times[chosen], ys, xs)
         clips[chosen, :, :3] = PLACES[place].paint(canvas).transpose(1, 2).expand(-1, count, 3, height, width)
     names, paths = list(OBJECTS), _paths(scenes, numbers, times)
     for order in (0, 1):
@@ -775,7 +793,7 @@ def render(scenes: list[Scene], height: int, width: int, times: Tensor, *, cover
             rows = _place(some, numbers[chosen], paths[:, chosen], order)
             where = (torch.tensor(chosen)[:, None] * count + torch.arange(count)).view(-1)
             objects = torch.tensor([names.index(scene.objects[order]) for scene in some]).repeat_interleave(count)
-            _draw(clips.view(-1, 4, height, width), where, objects, rows.flatten(1))
+            _draw(clips.view(-1, 4, height, width), where, objects, rows.flatten(1), ys, xs)
     clips = clips.clamp(0, 1).transpose(1, 2)
     pictures = clips[:, :3] * 2 - 1
     return torch.cat((pictures, clips[:, 3:]), dim=1) if coverage else pictures.contiguous()
