@@ -87,7 +87,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         prevent_thread_lock=True,
         **STYLE,
     )
-    jobs.start()  # not before: loading would keep the page from answering
+    jobs.start(head_start=3)  # not before: loading would keep the page from answering
     if arguments.share and not page.share_url:
         notes.append(
             f"**There is no public link: the tunnel could not be made.** The page works at {page.local_url} on the "

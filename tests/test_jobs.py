@@ -136,6 +136,19 @@ def test_presets_are_the_cascades_of_the_same_models_and_mini(tiny_cascade, one_
             jobs.submit("me", "a cat", preset=wrong)
 
 
+def test_a_browser_goes_before_loading_and_a_job_before_a_browser(one_step_cascade, tmp_path):
+    jobs = Jobs(Cascade.load(one_step_cascade), CPU, tmp_path, 12)
+    jobs.start(head_start=PATIENCE)
+    try:
+        time.sleep(0.5)
+        assert jobs.engine.pipeline is None and jobs.engine.preparation.phase == "loading"
+        job = jobs.submit("me", "a cat")
+        until(lambda: job.ended)
+        assert job.state == DONE
+    finally:
+        jobs.close(PATIENCE)
+
+
 def test_mini_runs_while_the_models_are_still_coming(one_step_cascade, tmp_path, monkeypatch):
     real, may_load = Show1Pipeline.from_cascade, threading.Event()
     tiny = Cascade.load(one_step_cascade)
