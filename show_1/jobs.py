@@ -148,9 +148,8 @@ class Jobs:
 
         Loading needs all cores. A browser that opens the page meanwhile would wait for it, and so it may go first.
         """
-        self._idle_until = time.monotonic() + head_start
         for line in self._lines:
-            line.thread = threading.Thread(target=self._work, args=(line,), name="jobs", daemon=True)
+            line.thread = threading.Thread(target=self._work, args=(line, head_start), name="jobs", daemon=True)
             line.thread.start()
 
     def close(self, patience: float) -> None:
@@ -319,12 +318,10 @@ class Jobs:
 
     # ------------------------------------------------------------------------------------------------------- the work
 
-    def _work(self, line: Line) -> None:
+    def _work(self, line: Line, head_start: float) -> None:
         if line.engine is self.engine:
             with self._changed:
-                self._changed.wait_for(
-                    lambda: self._closing or self._queue(line), max(self._idle_until - time.monotonic(), 0)
-                )
+                self._changed.wait_for(lambda: self._closing or self._queue(line), head_start)
             self._prepare(line)
         while True:
             with self._changed:
