@@ -1,13 +1,15 @@
 """Our way of making a video against the original's, side by side: `python -m benchmarks.cascade --help`.
 
-Every round runs each stage the original's way, then ours, on the same input; after the warm-up rounds the medians are
-taken. Seconds are wall clock, with the device's queue empty at both ends; TFLOP are counted by PyTorch, on the
-original's first round. An interrupted run keeps its finished rounds.
+Every round runs each stage the original's way, then ours, on the same input; after the warm-up rounds, which take a few
+steps a stage, the medians are taken. Seconds are wall clock, with the device's queue empty at both ends; TFLOP are
+counted by PyTorch, each kind of the original's calls once, in a warm-up round. An interrupted run keeps its finished
+rounds.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import os
 import platform
 import resource
@@ -19,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import models
 from benchmarks.ways import STAGES, Original, Ours, made_up_clips
@@ -53,36 +54,50 @@ class Clock:
         return made, told
 
 
-def compare(original: Original, ours: Ours, clock: Clock, stages: list[str], rounds: int, warmups: int) -> dict:
-    """Return per stage and end to end what `rounds` rounds after `warmups` have told; see `summary`."""
-    pipeline = ours.pipeline
-    clips = made_up_clips(pipeline.cascade, clock.device, pipeline.keyframes.dtype)
+def compare(
+    original: Original, ours: Ours, clock: Clock, stages: list[str], rounds: int, warmups: int
+) -> tuple[dict, torch.Tensor]:
+    """Return what `rounds` rounds after `warmups` have told, see `summary`, and the last clip that was made."""
+    cascades = [(way, way.pipeline.cascade) for way in (original, ours)]
+    clips = made_up_clips(ours.pipeline.cascade, clock.device, ours.pipeline.keyframes.dtype)
     told: list[dict] = []  # of each finished round: {"ours": {stage: {...}}, "original": {...}}
     tflop, difference = {}, {}
     try:
         for number in range(warmups + rounds):
+            for way, cascade in cascades:
+                way.pipeline.cascade = in_few_steps(cascade) if number < warmups else cascade
             this = {"original": {}, "ours": {}}
             for stage in stages:
                 if stage != "text":
-                    with FlopCounterMode(display=False) if number == 0 else torch.no_grad() as counter:
-                        theirs, this["original"][stage] = clock(lambda stage=stage: original.run(stage, clips))
-                    if number == 0:
-                        tflop[stage] = counter.get_total_flops() / 1e12
+                    original.flops.total = 0
+                    theirs, this["original"][stage] = clock(lambda stage=stage: original.run(stage, clips))
+                    tflop[stage] = original.flops.total / 1e12
                 mine, this["ours"][stage] = clock(lambda stage=stage: ours.run(stage, clips))
-                if stage != "text" and number == 0:
+                if stage != "text":
                     difference[stage] = distance(mine, theirs)
                     clips[stage] = mine
             told.append(this)
             print(f"round {number + 1} of {warmups + rounds}", file=sys.stderr)
     except KeyboardInterrupt:
         print("Interrupted; what follows is of the finished rounds.", file=sys.stderr)
-    return summary(told[warmups:] or told[1:], told[:1], stages, tflop, difference)
+    return summary(told[warmups:], told[:warmups], stages, tflop, difference), clips[stages[-1]]
 
 
-def summary(told: list[dict], first: list[dict], stages: list[str], tflop: dict, difference: dict) -> dict:
+def in_few_steps(cascade: Cascade, steps: int = 6) -> Cascade:
+    """Return a cascade whose stages take a few steps: enough to warm libraries up and to record graphs."""
+    short = {}
+    for stage in STAGES[1:]:
+        table = getattr(cascade, stage)
+        least = math.ceil(1 / getattr(table, "strength", 1))
+        anew = {"schedule": None} if stage == "first_frame" else {}
+        short[stage] = dataclasses.replace(table, steps=min(table.steps, max(steps, least)), **anew)
+    return dataclasses.replace(cascade, **short)
+
+
+def summary(told: list[dict], warmups: list[dict], stages: list[str], tflop: dict, difference: dict) -> dict:
     """Return the medians: {"stages": {stage: {...}}, "original_seconds", "seconds", "ratio", "rounds", ...}."""
     if not told:
-        raise Show1Error("No round after the first is finished.", "Let it run longer, or give --warmups and --rounds.")
+        raise Show1Error("No round after the warm-ups is finished.", "Let it run longer, or give fewer --warmups.")
 
     def median(way: str, stage: str, key: str) -> float | None:
         values = [r[way][stage][key] for r in told if key in r[way].get(stage, {})]
@@ -104,40 +119,40 @@ def summary(told: list[dict], first: list[dict], stages: list[str], tflop: dict,
         if row["tflop"]:
             row["tflops"] = row["tflop"] / row["seconds"]
         rows[stage] = {key: value for key, value in row.items() if value is not None}
-    totals = {
-        way: statistics.median(sum(s["seconds"] for s in r[way].values()) for r in told) for way in ("original", "ours")
-    }
-    cold = sum(s["seconds"] for s in first[0]["ours"].values())
-    return {
+
+    def whole(round_: dict, way: str) -> float:
+        return sum(stage["seconds"] for stage in round_[way].values())
+
+    totals = {way: statistics.median(whole(r, way) for r in told) for way in ("original", "ours")}
+    found = {
         "stages": rows,
         "original_seconds": totals["original"],
         "seconds": totals["ours"],
         "ratio": totals["original"] / totals["ours"],
         "rounds": len(told),
-        "first_video_seconds": cold,  # libraries warming up and graphs being recorded included
     }
+    if len(warmups) > 1:  # libraries warming up and graphs being recorded
+        found["cold_start_seconds"] = max(0.0, whole(warmups[0], "ours") - whole(warmups[-1], "ours"))
+    return found
 
 
-def measure_by_measure(fast: Cascade, exact: Cascade, ours: Ours, clock: Clock, rounds: int, warmups: int) -> dict:
+def measure_by_measure(
+    fast: Cascade, ours: Ours, exact_video: torch.Tensor, exact_seconds: float, clock: Clock, rounds: int
+) -> dict:
     """Return for each measure of the fast cascade, alone and all together, its seconds and how far its video is off.
 
     The distance is the peak signal-to-noise ratio to the exact cascade's video of the same seed, in decibels.
     """
-    rows, reference = {}, None
+    rows = {"exact": {"seconds": exact_seconds, "speed": 1.0}}
     try:
-        for name, cascade in measures(fast, exact).items():
+        for name, cascade in measures(fast, ours.pipeline.cascade).items():
+            ours.pipeline.cascade = in_few_steps(cascade)
+            whole_video(ours)
             ours.pipeline.cascade = cascade
-            times = []
-            for number in range(warmups + rounds):
-                result, told = clock(lambda: whole_video(ours))
-                if number >= warmups:
-                    times.append(told["seconds"])
-            row = {"seconds": statistics.median(times)}
-            if name == "exact":
-                reference = result
-            else:
-                row["psnr_db"] = distance(result, reference)["psnr_db"]
-            rows[name] = row | {"speed": rows.get("exact", row)["seconds"] / row["seconds"]}
+            made = [clock(lambda: whole_video(ours)) for _ in range(rounds)]
+            seconds = statistics.median(told["seconds"] for _, told in made)
+            psnr = distance(made[-1][0], exact_video)["psnr_db"]
+            rows[name] = {"seconds": seconds, "speed": exact_seconds / seconds, "psnr_db": psnr}
             print(f"measured: {name.replace('_', ' ')}", file=sys.stderr)
     except KeyboardInterrupt:
         print("Interrupted; what follows is of the finished measures.", file=sys.stderr)
@@ -145,8 +160,8 @@ def measure_by_measure(fast: Cascade, exact: Cascade, ours: Ours, clock: Clock, 
 
 
 def measures(fast: Cascade, exact: Cascade) -> dict[str, Cascade]:
-    """Return the exact cascade, then one with each measure of the fast one alone, then the fast one."""
-    variants, mine, theirs = {"exact": exact}, fast.settings(), exact.settings()
+    """Return the exact cascade with each measure of the fast one alone, then the fast one."""
+    variants, mine = {}, fast.settings()
     stages = STAGES[1:]
     for measure in MEASURES:
         if measure == "schedule":
@@ -158,7 +173,6 @@ def measures(fast: Cascade, exact: Cascade) -> dict[str, Cascade]:
             changed[stage] = dataclasses.replace(getattr(exact, stage), **new)
         if any(changed[stage] != getattr(exact, stage) for stage in stages):
             variants[measure] = dataclasses.replace(exact, **changed)
-    assert mine.keys() == theirs.keys()
     return variants | {"all": fast}
 
 
@@ -209,7 +223,9 @@ def table(found: dict) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     totals = (_number(found[key]) for key in ("original_seconds", "seconds", "ratio"))
     lines.append(f"| **end to end** | {' | '.join(totals)} | | | | |")
-    cold = f"First video {_number(found['first_video_seconds'])} s, loading {_number(found['load_seconds'])} s"
+    cold = f"Loading {_number(found['load_seconds'])} s"
+    if "cold_start_seconds" in found:
+        cold += f", and the first video takes {_number(found['cold_start_seconds'])} s longer"
     if "peak_process_gb" in found:
         cold += f", both ways' peak memory in one process {_number(found['peak_process_gb'])} GB"
     lines += ["", f"{cold}."]
@@ -257,8 +273,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on the CPU")
     parser.add_argument("--memory", metavar="12GB", help="measure the tier of a smaller card; default: what is free")
     parser.add_argument("--rounds", type=int, default=5, help="how many count; default: %(default)s")
-    parser.add_argument("--warmups", type=int, default=2, help="how many go before; default: %(default)s")
-    parser.add_argument("--measures", action="store_true", help="of a fast cascade: what each measure gains and costs")
+    parser.add_argument("--warmups", type=int, default=2, help="how many in few steps go before; default: %(default)s")
+    parser.add_argument("--measures", action="store_true", help="also what its fast preset's measures gain and cost")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the seconds of both ways there")
     return parser
@@ -275,8 +291,8 @@ def _run(arguments: argparse.Namespace) -> None:
         raise Show1Error(f"There is no stage {sorted(unknown)[0]!r}.", f"Known are {', '.join(STAGES[1:])}.")
     if arguments.rounds < 1 or arguments.warmups < 0:
         raise Show1Error("There must be a round to measure.", "Give --rounds 1 or more, --warmups 0 or more.")
-    if arguments.measures and exact == cascade:
-        raise Show1Error(f"{cascade.name} has no measures to compare.", "Take show-1-fast or mini-fast.")
+    if arguments.measures and (f"{name}-fast" not in Cascade.names() or stages != list(STAGES)):
+        raise Show1Error("Only whole videos of a cascade with a fast preset have measures.", "Take show-1 or mini.")
     random = arguments.weights == "random"
     if random and device.type == "cpu":
         raise Show1Error("Full-size models take hours on a CPU.", "Run this where a GPU is, or take the cascade mini.")
@@ -306,9 +322,11 @@ def _run(arguments: argparse.Namespace) -> None:
         "load_seconds": load_seconds,
     }
     with torch.no_grad():
-        found |= compare(original, ours, clock, stages, arguments.rounds, arguments.warmups)
+        compared, video = compare(original, ours, clock, stages, arguments.rounds, arguments.warmups)
+        found |= compared
         if arguments.measures:
-            found["measures"] = measure_by_measure(cascade, exact, ours, clock, arguments.rounds, arguments.warmups)
+            fast = Cascade.load(f"{name}-fast")
+            found["measures"] = measure_by_measure(fast, ours, video, found["seconds"], clock, arguments.rounds)
     found["minutes"] = (time.perf_counter() - began) / 60
     if device.type == "cpu":
         found["peak_process_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,12 +1,15 @@
 """The two ways of working that are compared: ours, and the original program's, stage by stage."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
 from diffusers.models.resnet import TemporalConvLayer
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from show_1 import Show1Pipeline
 from show_1.models import unet_3d_condition
@@ -60,6 +63,10 @@ class Original(Ours):
 
     def __init__(self, pipeline: Show1Pipeline, device: torch.device):
         super().__init__(pipeline)
+        vae, upscale = pipeline.latent_upscale.vae, pipeline.pixel_upscale
+        unets = [pipeline.keyframes.unet, pipeline.interpolation.unet, pipeline.latent_upscale.unet]
+        unets += [upscale.unet, upscale.first_frame_unet]
+        self.flops = Flops([*((unet, "forward") for unet in unets), (vae, "encode"), (vae, "decode")])
         self.offloaded = ()
         if device.type == "cpu":
             return
@@ -85,6 +92,33 @@ class Original(Ours):
     def _free(self) -> None:
         for stage in self.offloaded:
             stage.maybe_free_model_hooks()
+
+
+class Flops:
+    """The floating-point operations of all calls of some methods: each kind of call is counted once, by PyTorch.
+
+    `total` may be set to 0 at any time.
+    """
+
+    def __init__(self, methods: list[tuple[torch.nn.Module, str]]):
+        self.total = 0
+        for model, name in methods:
+            setattr(model, name, self._counted(getattr(model, name)))
+
+    def _counted(self, method: Callable) -> Callable:
+        known: dict[tuple, int] = {}
+
+        @functools.wraps(method)
+        def counted(*args, **kwargs):
+            kind = tuple(x.shape for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+            with contextlib.nullcontext() if kind in known else FlopCounterMode(display=False) as counter:
+                result = method(*args, **kwargs)
+            if counter is not None:
+                known[kind] = counter.get_total_flops()
+            self.total += known[kind]
+            return result
+
+        return counted
 
 
 @contextlib.contextmanager

@@ -98,7 +98,7 @@ def _benchmark(monkeypatch, *arguments: str) -> int:
 
 def test_both_ways_give_the_same_video(monkeypatch, one_step_cascade, tmp_path, capsys):
     file = tmp_path / "found.json"
-    settings = ["--cascade", one_step_cascade, "--device", "cpu", "--dtype", "float64", "--warmups", 0, "--rounds", 1]
+    settings = ["--cascade", one_step_cascade, "--device", "cpu", "--dtype", "float64", "--warmups", 1, "--rounds", 1]
     assert _benchmark(monkeypatch, *settings, "--json", file) == 0, capsys.readouterr().err
     found = json.loads(file.read_text())
     assert found["ratio"] == found["original_seconds"] / found["seconds"] > 0
@@ -121,7 +121,7 @@ def test_both_ways_give_the_same_video(monkeypatch, one_step_cascade, tmp_path, 
 
 def test_measures_one_by_one():
     variants = benchmark.measures(Cascade.load("show-1-fast"), exact := Cascade.load("show-1"))
-    assert list(variants) == ["exact", "steps", "guidance_interval", "reuse", "all"]
+    assert list(variants) == ["steps", "guidance_interval", "reuse", "all"]
     assert variants["reuse"].keyframes.steps == exact.keyframes.steps
     assert variants["steps"].first_frame.schedule == "smart27"
     assert variants["steps"].keyframes.reuse is variants["steps"].keyframes.guidance_interval is None
@@ -133,7 +133,8 @@ def test_measures_one_by_one():
         (["--cascade", "show-1", "--weights", "random", "--device", "cpu"], "take hours on a CPU"),
         (["--cascade", "mini", "--stages", "nothing"], "no stage 'nothing'"),
         (["--cascade", "mini", "--rounds", "0"], "--rounds 1"),
-        (["--cascade", "mini", "--measures"], "has no measures"),
+        (["--cascade", "mini-fast", "--measures"], "with a fast preset"),
+        (["--cascade", "mini", "--measures", "--stages", "keyframes"], "Only whole videos"),
         (["--cascade", "mini", "--device", "cpu", "--memory", "lots"], "memory cannot be 'lots'"),
         (["--cascade", "mini", "--device", "cpu", "--json", "nowhere/found.json"], "nowhere"),
     ],
@@ -145,14 +146,16 @@ def test_bad_input(monkeypatch, capsys, arguments, words):
 
 def test_an_interrupted_benchmark_keeps_its_finished_rounds():
     rounds = [{"original": {"keyframes": {"seconds": 4.0}}, "ours": {"keyframes": {"seconds": 2.0}}}] * 3
-    found = benchmark.summary(rounds, rounds[:1], ["keyframes"], {"keyframes": 6.0}, {})
+    cold = {"original": {}, "ours": {"keyframes": {"seconds": 7.0}}}
+    found = benchmark.summary(rounds, [cold, rounds[0]], ["keyframes"], {"keyframes": 6.0}, {})
     assert (found["ratio"], found["rounds"], found["stages"]["keyframes"]["tflops"]) == (2.0, 3, 3.0)
+    assert found["cold_start_seconds"] == 5.0
     with pytest.raises(Show1Error, match="No round"):
         benchmark.summary([], [], ["keyframes"], {}, {})
 
 
 def test_an_interrupted_benchmark_keeps_its_finished_measures(monkeypatch):
-    made = iter([torch.zeros(2), torch.ones(2)])
+    made = iter([torch.ones(2), torch.ones(2)])  # one in few steps, which warms up, and one that counts
 
     def whole_video(ours):
         clip = next(made, None)
@@ -162,10 +165,17 @@ def test_an_interrupted_benchmark_keeps_its_finished_measures(monkeypatch):
 
     monkeypatch.setattr(benchmark, "whole_video", whole_video)
     fast, exact = Cascade.load("show-1-fast"), Cascade.load("show-1")
-    ours, clock = SimpleNamespace(pipeline=SimpleNamespace()), benchmark.Clock(torch.device("cpu"))
-    rows = benchmark.measure_by_measure(fast, exact, ours, clock, rounds=1, warmups=0)
+    ours, clock = SimpleNamespace(pipeline=SimpleNamespace(cascade=exact)), benchmark.Clock(torch.device("cpu"))
+    rows = benchmark.measure_by_measure(fast, ours, torch.zeros(2), 8.0, clock, rounds=1)
     assert list(rows) == ["exact", "steps"]
     assert rows["exact"]["speed"] == 1 and round(rows["steps"]["psnr_db"], 1) == 6.0  # half of the range off
+
+
+@pytest.mark.parametrize("name", ["show-1", "show-1-fast", "mini", "mini-fast"])
+def test_warming_up_takes_few_steps(name):
+    short = benchmark.in_few_steps(Cascade.load(name))
+    assert short.keyframes.steps == 6 and short.pixel_upscale.steps <= 6
+    assert int(short.latent_upscale.steps * short.latent_upscale.strength) >= 1
 
 
 def test_random_weights_are_those_of_the_released_size():

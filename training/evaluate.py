@@ -31,7 +31,7 @@ from show_1.errors import exit_code
 from show_1.pipeline import check_device
 from show_1.stages.denoise import finish
 from training import judge, world
-from training.train import FULL, MEDIUM, SMALL, degrade
+from training.train import FULL, MEDIUM, SMALL, bicubic, degrade
 
 ASPECTS = ("object", "place", "motion")
 CLIPS = ("keyframes", "interpolated", "pixel_upscaled", "video")
@@ -160,9 +160,6 @@ def stages_earn_their_place(pipeline: Show1Pipeline, count: int) -> dict:
     found = {name: [] for name in ("interpolation", "blend", "pixel", "pixel_bicubic", "latent", "latent_bicubic")}
     torch.manual_seed(99)  # what degrades the frames
 
-    def degraded(clip: torch.Tensor) -> torch.Tensor:
-        return degrade(rng, clip[0].transpose(0, 1)).clamp(-1, 1).transpose(0, 1)[None]
-
     for seed in tqdm(range(count), desc="stages"):
         scene = world.sample(rng, train=False)
         small, medium, full = (world.render([scene], *size, ALL_TIMES) for size in (SMALL, MEDIUM, FULL))
@@ -174,7 +171,7 @@ def stages_earn_their_place(pipeline: Show1Pipeline, count: int) -> dict:
         found["interpolation"].append(F.mse_loss(between[:, :, inner], small[:, :, inner]).item())
         found["blend"].append(F.mse_loss(blend[:, :, inner], small[:, :, inner]).item())
 
-        given = degraded(small)
+        given = degrade(small).clamp(-1, 1)
         first = finish(
             pipeline.pixel_upscale.stream_first_frame(
                 text, given[:, :, 0], **cascade.stream_settings("first_frame"), seed=seed
@@ -182,13 +179,13 @@ def stages_earn_their_place(pipeline: Show1Pipeline, count: int) -> dict:
         )
         enlarged = pipeline.pixel_upscale(text, given, first, **cascade.stream_settings("pixel_upscale"), seed=seed)
         found["pixel"].append(critic.distance(enlarged, medium))
-        found["pixel_bicubic"].append(critic.distance(_bicubic(given, MEDIUM, align_corners=True), medium))
+        found["pixel_bicubic"].append(critic.distance(bicubic(given, MEDIUM, align_corners=True), medium))
 
-        given = degraded(medium)
+        given = degrade(medium).clamp(-1, 1)
         latent_text = pipeline.latent_upscale.encode(scene.caption, cascade.latent_upscale.negative_prompt)
         redrawn = pipeline.latent_upscale(latent_text, given, **cascade.stream_settings("latent_upscale"), seed=seed)
         found["latent"].append(critic.distance(redrawn, full))
-        found["latent_bicubic"].append(critic.distance(_bicubic(given, FULL, align_corners=False), full))
+        found["latent_bicubic"].append(critic.distance(bicubic(given, FULL, align_corners=False), full))
     return {name: round(float(np.mean(values)), 5) for name, values in found.items()}
 
 
@@ -214,12 +211,6 @@ def contact_sheet(results: list[tuple[np.ndarray, str]], columns: int = 3) -> Im
         sheet.paste(Image.fromarray(frames[len(frames) // 2]), (x, y))
         draw.text((x + 2, y + height + 4), prompt, fill="black", font=font)
     return sheet
-
-
-def _bicubic(clip: torch.Tensor, size: tuple[int, int], align_corners: bool) -> torch.Tensor:
-    """Return a clip of one prompt enlarged plainly, its corners put where the stage that does better has them."""
-    enlarged = F.interpolate(clip[0].transpose(0, 1), size=size, mode="bicubic", align_corners=align_corners)
-    return enlarged.clamp(-1, 1).transpose(0, 1)[None]
 
 
 def main() -> None:

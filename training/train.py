@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from show_1.errors import Show1Error, exit_code
+from show_1.models import channels_last
 from training import models, world
 
 MINI = Path(__file__).parents[1] / "show_1" / "mini"
@@ -48,6 +49,8 @@ KEYFRAME_TIMES = torch.arange(8) * 4 / 28
 SMALL, MEDIUM, FULL = (20, 32), (80, 128), (160, 288)  # height, width after each enlargement
 TEXT_DROPPED = 0.1  # how often a caption is emptied, for classifier-free guidance
 
+GPU_SCALE = 8  # as many scenes a batch on a GPU, which would else wait for Python
+GPU_BATCHES = 8  # painted at once there
 UPDATES_APART = 4  # that processes training together make by themselves before they average their weights
 PATH_STRENGTH = 8.0  # of what the deepest features are to say of where things are: twice as much did no better
 OBJECT_WEIGHT = 3.0  # an error on an object counts for so much more than one on the place behind it
@@ -75,14 +78,41 @@ class Batches(IterableDataset):
             yield self.make(rng)
 
 
+def painted_on(device: torch.device, make: Callable[..., dict], seed: tuple[int, ...]) -> Iterator[dict]:
+    """An endless stream of large batches, painted where they are used: a GPU paints faster than workers send.
+
+    Several are painted at once, since painting is thousands of small steps, however many the scenes.
+    """
+    rng = np.random.default_rng(seed)
+    while True:
+        with device:  # the default for all tensors made meanwhile
+            many = make(rng, GPU_SCALE * GPU_BATCHES)
+        yield from (_part(many, number) for number in range(GPU_BATCHES))
+
+
+def _part(many: dict, number: int) -> dict:
+    """Return one of the batches that were painted at once."""
+
+    def part(value):
+        if isinstance(value, dict):
+            return _part(value, number)
+        size = len(value) // GPU_BATCHES
+        return value[number * size : (number + 1) * size]
+
+    return {key: part(value) for key, value in many.items()}
+
+
 def _scenes(rng: np.random.Generator, count: int) -> tuple[list[world.Scene], list[str]]:
     scenes = [world.sample(rng) for _ in range(count)]
     return scenes, ["" if rng.random() < TEXT_DROPPED else scene.caption for scene in scenes]
 
 
-def captions(rng: np.random.Generator, count: int = 64) -> dict:
+# Each maker of batches makes `scale` times as much where a GPU asks for more.
+
+
+def captions(rng: np.random.Generator, scale: int = 1, count: int = 64) -> dict:
     """Captions with made-up words strewn in, and what they speak of (or would, where a part is left out)."""
-    scenes = [world.sample(rng) for _ in range(count)]
+    scenes = [world.sample(rng) for _ in range(count * scale)]
     return {"captions": [_strewn(rng, scene.caption) for scene in scenes]} | labels(scenes)
 
 
@@ -131,7 +161,7 @@ def _cut(rng: np.random.Generator, batch: dict, side: int) -> dict:
     for axis, size in ((2, height), (1, width)):
         along = covered.sum(axis)
         middle = (along * torch.arange(size)).sum(1) / along.sum(1)
-        start = middle - side / 2 + torch.from_numpy(rng.uniform(-side / 5, side / 5, len(middle)))
+        start = middle - side / 2 + torch.from_numpy(rng.uniform(-side / 5, side / 5, len(middle))).to(middle)
         starts.append(start.round().clamp(0, size - side).int().tolist())
     corners = list(zip(*starts, strict=True))
 
@@ -142,100 +172,112 @@ def _cut(rng: np.random.Generator, batch: dict, side: int) -> dict:
     return batch | {key: squares(batch[key]) for key in ("clean", "weight", "condition") if key in batch}
 
 
-def pictures(rng: np.random.Generator, count: int = 20) -> dict:
+def pictures(rng: np.random.Generator, scale: int = 1, count: int = 20) -> dict:
     """Whole frames: from squares of them the model learns to put the thing that is asked for into every square."""
-    scenes, captions = _scenes(rng, count)
-    times = torch.from_numpy(rng.random((count, 1))).float()
+    scenes, captions = _scenes(rng, count * scale)
+    times = _moments(rng, scenes)
     painted = {key: value[:, :, 0] for key, value in _painted(scenes, SMALL, times).items()}
     return painted | {"captions": captions}
 
 
-def keyframe_clips(rng: np.random.Generator) -> dict:
+def _moments(rng: np.random.Generator, scenes: list[world.Scene]) -> torch.Tensor:
+    """Return a random time for each scene, (scenes, 1)."""
+    return torch.from_numpy(rng.random((len(scenes), 1))).float()
+
+
+def keyframe_clips(rng: np.random.Generator, scale: int = 1) -> dict:
     """A batch of clips, and of pictures: many more things are seen so in the time that clips alone would take."""
-    scenes, captions = _scenes(rng, 4)
-    return _painted(scenes, SMALL, KEYFRAME_TIMES) | {"captions": captions, "pictures": pictures(rng, 16)}
+    scenes, captions = _scenes(rng, 4 * scale)
+    return _painted(scenes, SMALL, KEYFRAME_TIMES) | {"captions": captions, "pictures": pictures(rng, scale, 16)}
 
 
-def path_clips(rng: np.random.Generator, count: int = 1) -> dict:
+def path_clips(rng: np.random.Generator, scale: int = 1) -> dict:
     """Clips, and what they show, for the stage that teaches where motions have things."""
-    scenes, captions = _scenes(rng, count)
+    scenes, captions = _scenes(rng, scale)
     clean = world.render(scenes, *SMALL, KEYFRAME_TIMES)
     return {"clean": clean, "captions": captions, "scenes": scenes} | labels(scenes)
 
 
-def segments(rng: np.random.Generator) -> dict:
-    scenes, captions = _scenes(rng, 4)
-    starts = torch.from_numpy(rng.integers(0, 7, (4, 1))) * 4
-    painted = _painted(scenes, SMALL, (starts + torch.arange(5)) / 28)
+def segments(rng: np.random.Generator, scale: int = 1) -> dict:
+    scenes, captions = _scenes(rng, 4 * scale)
+    painted = _painted(scenes, SMALL, _window(rng, scenes, 5, every=4))
     clean = painted["clean"]
-    ends = clean[:, :, [0, -1]] + 0.05 * torch.rand(4, 1, 1, 1, 1) * torch.randn_like(clean[:, :, [0, -1]])
+    ends = clean[:, :, [0, -1]] + 0.05 * torch.rand(len(scenes), 1, 1, 1, 1) * torch.randn_like(clean[:, :, [0, -1]])
     between = F.interpolate(ends, size=clean.shape[2:], mode="trilinear", align_corners=True)
     mask = torch.zeros_like(between[:, :1])
     mask[:, :, [0, -1]] = 1
     return painted | {"condition": torch.cat([between, mask], dim=1), "captions": captions}
 
 
-def degrade(rng: np.random.Generator, frames: torch.Tensor) -> torch.Tensor:
-    """Return (batch, channels, height, width) frames with the faults of a small model's: noise, and at times blur."""
-    if rng.random() < 0.5:
-        blurred = F.avg_pool2d(F.pad(frames, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-        frames = frames.lerp(blurred, float(rng.random()) * 0.7)
-    return frames + 0.08 * float(rng.random()) * torch.randn_like(frames)
+def _window(rng: np.random.Generator, scenes: list[world.Scene], frames: int, every: int = 1) -> torch.Tensor:
+    """Return the times of so many neighbouring frames of each scene, (scenes, frames), the first a multiple."""
+    first = rng.integers(0, (29 - frames) // every + 1, (len(scenes), 1)) * every
+    return torch.from_numpy((first + np.arange(frames)) / 28).float()
 
 
-def enlarged_pictures(rng: np.random.Generator) -> dict:
+def degrade(clips: torch.Tensor) -> torch.Tensor:
+    """Return (clips, channels, frames, height, width) with a small model's faults: noise, and every other time blur.
+
+    There is as much of them in all frames of a clip.
+    """
+
+    def up_to(most: float) -> torch.Tensor:
+        return most * torch.rand(len(clips), 1, 1, 1, 1).to(clips)
+
+    blurred = F.avg_pool3d(F.pad(clips, (1, 1, 1, 1, 0, 0), mode="replicate"), (1, 3, 3), stride=1)
+    clips = clips.lerp(blurred, up_to(0.7) * (up_to(1) < 0.5))
+    return clips + up_to(0.08) * torch.randn_like(clips)
+
+
+def bicubic(clips: torch.Tensor, size: tuple[int, int], **options: bool) -> torch.Tensor:
+    """Return clips in another (height, width); `options` are torch's."""
+    frames = F.interpolate(clips.transpose(1, 2).flatten(0, 1), size=size, mode="bicubic", **options)
+    return frames.unflatten(0, (len(clips), -1)).transpose(1, 2).clamp(-1, 1)
+
+
+def enlarged_pictures(rng: np.random.Generator, scale: int = 1) -> dict:
     whole = rng.random() < 0.5
-    scenes, captions = _scenes(rng, 2 if whole else 4)
-    times = torch.from_numpy(rng.random((len(scenes), 1))).float()
-    small = degrade(rng, world.render(scenes, *SMALL, times)[:, :, 0])
-    condition, level = _noised_condition(rng, small, MEDIUM)
-    painted = {key: value[:, :, 0] for key, value in _painted(scenes, MEDIUM, times).items()}
-    batch = painted | {"condition": condition}
+    scenes, captions = _scenes(rng, (2 if whole else 4) * scale)
+    batch, level = _enlarged(scenes, _moments(rng, scenes))
+    batch = {key: value[:, :, 0] for key, value in batch.items()}
     return (batch if whole else _cut(rng, batch, 64)) | {"noise_level": level, "captions": captions}
 
 
-def enlarged_windows(rng: np.random.Generator) -> dict:
-    scenes, captions = _scenes(rng, 1)
-    times = (rng.integers(0, 22) + torch.arange(8)) / 28
-    painted = _painted(scenes, MEDIUM, times)
-    clean = painted["clean"]
-    small = world.render(scenes, *SMALL, times)
-    small = degrade(rng, small.transpose(1, 2).flatten(0, 1))
-    condition, level = _noised_condition(rng, small, MEDIUM)
-    condition = condition.unflatten(0, (len(scenes), -1)).transpose(1, 2).contiguous()
+def enlarged_windows(rng: np.random.Generator, scale: int = 1) -> dict:
+    scenes, captions = _scenes(rng, scale)
+    batch, level = _enlarged(scenes, _window(rng, scenes, 8))
     # The window's sharp lead, at times with faults of its own: in the chain it comes from a model.
-    condition[:, :, 0] = degrade(rng, clean[:, :, 0]) if rng.random() < 0.5 else clean[:, :, 0]
-    batch = painted | {"condition": condition}
+    lead = batch["clean"][:, :, :1]
+    batch["condition"][:, :, :1] = degrade(lead) if rng.random() < 0.5 else lead
     batch = batch if rng.random() < 0.3 else _cut(rng, batch, 64)
-    return batch | {"noise_level": level[: len(scenes)], "captions": captions}
+    return batch | {"noise_level": level, "captions": captions}
 
 
-def _noised_condition(rng: np.random.Generator, small: torch.Tensor, size: tuple[int, int]):
-    enlarged = F.interpolate(small, size=size, mode="bilinear", align_corners=True)
-    level = torch.full((len(small),), int(rng.integers(0, 100)))
-    return NOISE.add_noise(enlarged, torch.randn_like(enlarged), level), level
+def _enlarged(scenes: list[world.Scene], times: torch.Tensor) -> tuple[dict, torch.Tensor]:
+    """Return true clips with a small model's, enlarged and noised, as condition, and the noise's levels."""
+    batch = _painted(scenes, MEDIUM, times)
+    small = degrade(world.render(scenes, *SMALL, times))
+    condition = F.interpolate(small, size=batch["clean"].shape[2:], mode="trilinear", align_corners=True)
+    level = torch.randint(0, 100, (len(scenes),))
+    return batch | {"condition": NOISE.add_noise(condition, torch.randn_like(condition), level)}, level
 
 
-def full_frames(rng: np.random.Generator, count: int = 1) -> dict:
+def full_frames(rng: np.random.Generator, scale: int = 1) -> dict:
     """Whole frames, or as often three times as many squares of a fifth of their area."""
     whole = rng.random() < 0.5
-    count = count if whole else 3 * count
-    scenes, _ = _scenes(rng, count)
-    painted = _painted(scenes, FULL, torch.from_numpy(rng.random((count, 1))).float())
-    frames = {key: value[:, :, 0] for key, value in painted.items()}
+    scenes, _ = _scenes(rng, (1 if whole else 3) * scale)
+    frames = {key: value[:, :, 0] for key, value in _painted(scenes, FULL, _moments(rng, scenes)).items()}
     return frames if whole else _cut(rng, frames, 96)
 
 
-def full_windows(rng: np.random.Generator) -> dict:
+def full_windows(rng: np.random.Generator, scale: int = 1) -> dict:
     whole = rng.random() < 0.3
-    scenes, captions = _scenes(rng, 1 if whole else 2)
-    times = (rng.integers(0, 25) + torch.arange(4)) / 28
-    medium, small = (world.render(scenes, *size, times).transpose(1, 2).flatten(0, 1) for size in (MEDIUM, SMALL))
-    soft = F.interpolate(small, size=MEDIUM, mode="bicubic", align_corners=True)  # what the stage before starts from
-    medium = degrade(rng, medium.lerp(soft, 0.7 * float(rng.random())))
-    enlarged = F.interpolate(medium, size=FULL, mode="bicubic", antialias=True).clamp(-1, 1)
-    condition = enlarged.unflatten(0, (len(scenes), -1)).transpose(1, 2)
-    batch = _painted(scenes, FULL, times) | {"condition": condition}
+    scenes, captions = _scenes(rng, (1 if whole else 2) * scale)
+    times = _window(rng, scenes, 4)
+    medium, small = (world.render(scenes, *size, times) for size in (MEDIUM, SMALL))
+    soft = bicubic(small, MEDIUM, align_corners=True)  # what the stage before starts from
+    medium = degrade(medium.lerp(soft, 0.7 * torch.rand(len(scenes), 1, 1, 1, 1)))
+    batch = _painted(scenes, FULL, times) | {"condition": bicubic(medium, FULL, antialias=True)}
     return (batch if whole else _cut(rng, batch, 96)) | {"captions": captions}
 
 
@@ -344,7 +386,7 @@ class Stage:
     """What one stage of the training trains, on what, and where its result goes."""
 
     models: dict[str, nn.Module]
-    batches: Callable[[np.random.Generator], dict]
+    batches: Callable[..., dict]
     loss: Callable[[dict[str, nn.Module], dict], torch.Tensor]
     folders: dict[str, str]  # model name → folder under show_1/mini, where the result is saved
     finish: Callable[[dict[str, nn.Module]], None] = lambda trained: None  # last touches before each saving
@@ -617,7 +659,7 @@ def pixel_upscale_stage(device: torch.device) -> Stage:
 
 
 def vae_stage(device: torch.device) -> Stage:
-    frames = full_frames(np.random.default_rng(0), 4)["clean"].to(device)
+    frames = full_frames(np.random.default_rng(0), scale=4)["clean"].to(device)
 
     def scale_latents(trained: dict[str, nn.Module]) -> None:
         # The diffusion model wants latents of unit variance.
@@ -703,13 +745,15 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
 
     Where it is one of several processes, they average their weights every few updates (post-local SGD, arXiv
     1808.07217), and the one of rank 0 saves. On a CPU that is worth far more than threads: networks this small leave
-    two of them 1.1 times as fast as one (measured).
+    two of them 1.1 times as fast as one (measured). A GPU would wait for a single process most of the time.
     """
     build, _ = STAGES[name]
     torch.manual_seed(seed)
     stage = build(device)
     for model in stage.models.values():
         model.to(device)
+        if device.type == "cuda":
+            channels_last(model)
     average = {key: copy.deepcopy(model).requires_grad_(False) for key, model in stage.models.items()}
     parameters = [parameter for model in stage.models.values() for parameter in model.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99))
@@ -734,14 +778,14 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
         return
 
     torch.manual_seed(seed + step + 1_000_003 * rank)
-    workers = 1 if device.type == "cpu" else max(1, (os.cpu_count() or 2) - 1)
-    loader = DataLoader(
-        Batches(stage.batches, (seed, step, rank)), batch_size=None, num_workers=workers, prefetch_factor=4
-    )
+    if device.type == "cpu":
+        made = Batches(stage.batches, (seed, step, rank))
+        batches = DataLoader(made, batch_size=None, num_workers=1, prefetch_factor=4)
+    else:
+        batches = painted_on(device, stage.batches, (seed, step, rank))
     losses, last = [], time.monotonic()
     saved = sheeted = last
-    for batch in loader:
-        batch = _on(device, batch)
+    for batch in batches:
         share = min(seconds / (minutes * 60), 1)
         loss = stage.loss(stage.models, batch)
         optimizer.zero_grad()
@@ -797,19 +841,21 @@ def _meet(parameters: list[nn.Parameter], seconds: float) -> float:
     if not distributed.is_initialized():
         return seconds
     with torch.no_grad():
-        flat = torch.cat([parameter.flatten() for parameter in parameters] + [torch.tensor([seconds])])
-        distributed.all_reduce(flat)
-        flat /= distributed.get_world_size()
+        device = parameters[0].device
+        flat = torch.cat([*(parameter.flatten() for parameter in parameters), torch.tensor([seconds], device=device)])
+        means = flat.cpu()  # which is where processes can share
+        distributed.all_reduce(means)
+        means /= distributed.get_world_size()
         sizes = [parameter.numel() for parameter in parameters]
-        for parameter, mean in zip(parameters, flat.split([*sizes, 1]), strict=False):
+        for parameter, mean in zip(parameters, means.to(device).split([*sizes, 1]), strict=False):
             parameter.copy_(mean.view_as(parameter))
-    return flat[-1].item()
+    return means[-1].item()
 
 
 def _move_average(average: dict[str, nn.Module], trained: dict[str, nn.Module], decay: float) -> None:
     for key, model in average.items():
-        for slow, fast in zip(model.parameters(), trained[key].parameters(), strict=True):
-            slow.lerp_(fast.detach(), 1 - decay)
+        fast = [parameter.detach() for parameter in trained[key].parameters()]
+        torch._foreach_lerp_(list(model.parameters()), fast, 1 - decay)
 
 
 @contextlib.contextmanager
@@ -870,7 +916,7 @@ def main() -> None:
     parser.add_argument("--stage", default="all", help=f"all, or one of: {', '.join(STAGES)}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu or cuda")
-    parser.add_argument("--processes", type=int, help="default: one on a GPU, one a core on a CPU")
+    parser.add_argument("--processes", type=int, help="default: four on a GPU, one a core on a CPU")
     arguments = parser.parse_args()
     if arguments.stage not in ("all", *STAGES):
         parser.error(f"there is no stage {arguments.stage!r}; choose all or one of: {', '.join(STAGES)}")
@@ -878,11 +924,11 @@ def main() -> None:
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(arguments.device)
     world.sprites()  # a missing font is said here, not by a worker
-    processes = arguments.processes or (1 if device.type == "cuda" else os.cpu_count() or 1)
-    name = f"{platform.machine()} CPU, {processes} processes"
+    processes = arguments.processes or (4 if device.type == "cuda" else os.cpu_count() or 1)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     _log(
         command=" ".join(["python -m training.train", *sys.argv[1:]]),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else name,
+        device=f"{name}, {processes} processes",
         versions={"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()},
     )
     _export_schedulers()

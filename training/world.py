@@ -10,7 +10,7 @@ import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 
 import numpy as np
 import torch
@@ -205,14 +205,14 @@ MOTIONS = {
 
 
 @lru_cache(maxsize=8)
-def _texture(height: int) -> Tensor:
+def _texture(height: int, device: torch.device) -> Tensor:
     """(1, 1, 512, 512) cloudy noise, about -1..1, 4 frame heights wide, no waves under 2.5 pixels."""
     frequency = np.hypot(np.fft.fftfreq(512)[:, None], np.fft.rfftfreq(512)[None]) * 128  # in waves per frame height
     strength = np.where(frequency > 0.6, np.maximum(frequency, 0.6) ** -1.9, 0)
     white = np.fft.rfft2(np.random.default_rng(7).standard_normal((512, 512)))
     scale = np.fft.irfft2(white * strength).std() * 2
     fine = 1 / (1 + (frequency / (0.4 * height)) ** 8)
-    return torch.from_numpy(np.fft.irfft2(white * strength * fine) / scale).float()[None, None]
+    return torch.from_numpy(np.fft.irfft2(white * strength * fine) / scale).float().to(device)[None, None]
 
 
 class Canvas:
@@ -267,7 +267,8 @@ class Canvas:
         x, y = torch.broadcast_tensors(x + self.random(0, 4), y + self.random(0, 4))
         grid = torch.stack((x, y), dim=-1) / 2 - 1
         flat = grid.reshape(1, -1, x.shape[-1], 2)
-        return F.grid_sample(_texture(self.height), flat, padding_mode="reflection", align_corners=False).view(x.shape)
+        texture = _texture(self.height, flat.device)
+        return F.grid_sample(texture, flat, padding_mode="reflection", align_corners=False).view(x.shape)
 
     def ridge(self, waves: float, height: float) -> Tensor:
         """A wavy line: its elevation, within about ±height, for every x."""
@@ -299,24 +300,29 @@ class Canvas:
 
 
 def _rgb(code: int) -> Tensor:
-    return torch.tensor([code >> 16, code >> 8 & 255, code & 255]).view(1, 3, 1, 1, 1) / 255
+    return _rgb_on(code, torch.get_default_device())
 
 
-WHITE, BLACK = _rgb(0xFFFFFF), _rgb(0x000000)
+@cache  # there are a few hundred, and to bring one to a GPU makes it wait
+def _rgb_on(code: int, device: torch.device) -> Tensor:
+    return torch.tensor([code >> 16, code >> 8 & 255, code & 255], device=device).view(1, 3, 1, 1, 1) / 255
+
+
+WHITE = 0xFFFFFF
 
 
 def _beach(c: Canvas) -> Tensor:
     image = c.gradient(c.colour(0x3A9BEA, 0x5CB8F5), c.colour(0xBFE6FA, 0xE2F3F7), 0, 0.4)
-    image = c.clouds(image, WHITE, 0.3, 0.35)
+    image = c.clouds(image, _rgb(WHITE), 0.3, 0.35)
     horizon, shore = c.random(0.3, 0.38), c.random(0.56, 0.64)
     tide = 0.035 * (2 * math.pi * (c.t * c.random(0.8, 1.3) + c.random())).sin()
     edge = shore + tide + c.ridge(0.6, 0.035) + c.random(-0.06, 0.06) * c.x
     sand = lerp(c.colour(0xF2D495, 0xE9C27E), c.colour(0xFBE7BC, 0xF3D9A0), 0.5 + 0.5 * c.noise(c.x, c.y))
     sea = c.gradient(c.colour(0x1273B8, 0x0F86B5), c.colour(0x43CFCB, 0x5AD8DC), 0.35, 0.62)
     ripples = c.noise(c.x * 0.4 + 0.15 * c.t, c.y * 2 - 0.5 * c.t)
-    image = lerp(image, lerp(sea, WHITE, 0.35 * ripples.clamp(0, 1)), c.inside(c.y - horizon))
+    image = lerp(image, lerp(sea, _rgb(WHITE), 0.35 * ripples.clamp(0, 1)), c.inside(c.y - horizon))
     image = lerp(image, sand, c.inside(c.y - edge))
-    image = lerp(image, WHITE, 0.9 * c.inside(0.028 - (c.y - edge).abs()))
+    image = lerp(image, _rgb(WHITE), 0.9 * c.inside(0.028 - (c.y - edge).abs()))
     side = c.side()
     root, lean = side * c.random(0.6, 0.78), -side * c.random(0.05, 0.15)
     top = c.random(0.14, 0.24)
@@ -349,7 +355,7 @@ def _night(c: Canvas) -> Tensor:
 
 def _grass(c: Canvas) -> Tensor:
     image = c.gradient(c.colour(0x4FA8F0, 0x6CBCF5), c.colour(0xC5E8FB, 0xDFF2FA), 0, 0.5)
-    image = c.clouds(image, WHITE, 0.45, 0.5)
+    image = c.clouds(image, _rgb(WHITE), 0.45, 0.5)
     top = c.random(0.36, 0.46)
     image = lerp(image, c.colour(0x6DBB4A, 0x86C95A), c.inside(c.y - top + 0.04 + c.ridge(0.5, 0.06)))
     hill = c.inside(c.y - top - 0.06 + c.ridge(0.4, 0.05))
@@ -385,7 +391,7 @@ def _snow(c: Canvas) -> Tensor:
     for count, radius, speed in ((30, 0.028, 0.6), (18, 0.038, 0.9)):
         x, y = c.randoms(count, -1, 1), c.randoms(count, 0, 1.2)
         x = x + 0.05 * (2 * math.pi * (c.time() + y)).sin()
-        image = lerp(image, WHITE, c.dots(x, (y + speed * c.time()) % 1.2 - 0.1, radius))
+        image = lerp(image, _rgb(WHITE), c.dots(x, (y + speed * c.time()) % 1.2 - 0.1, radius))
     return image
 
 
@@ -460,7 +466,7 @@ def _space(c: Canvas) -> Tensor:
     x, y, weight = c.randoms(50, -1.0, 1.0), c.randoms(50, 0, 1), c.randoms(50, 0.25, 1)
     twinkle = weight * (0.8 + 0.2 * (2 * math.pi * (2 * c.time() + x * 7)).sin())
     drift = 0.1 * c.time()
-    image = lerp(image, WHITE, c.dots((x + 1 - drift) % 2 - 1, y, 0.028, twinkle[..., None]))
+    image = lerp(image, _rgb(WHITE), c.dots((x + 1 - drift) % 2 - 1, y, 0.028, twinkle[..., None]))
     px, py, radius = c.side() * c.random(0.45, 0.65), c.random(0.2, 0.8), c.random(0.15, 0.2)
     py = py - 0.04 * c.t
     dx, dy = (c.x - px) / radius, (c.y - py) / radius
@@ -522,14 +528,14 @@ def _city(c: Canvas) -> Tensor:
 
 def _mountains(c: Canvas) -> Tensor:
     image = c.gradient(c.colour(0x3F8FE0, 0x5FA8EA), c.colour(0xCFE6F5, 0xE5EEF5), 0, 0.6)
-    image = c.clouds(image, WHITE, 0.3, 0.5)
+    image = c.clouds(image, _rgb(WHITE), 0.3, 0.5)
     for count, low, high, rock, shadow in ((3, 0.2, 0.32, 0x8A9AB8, 0x7686A8), (3, 0.08, 0.3, 0x6F7488, 0x4A5068)):
         for k in range(count):
             x, top, slope = (k + c.random(0.1, 0.9)) * 1.8 / count - 0.9, c.random(low, high), c.random(1.0, 1.5)
             rough = 0.05 * c.noise(c.x, c.y)
             dx = c.x - x
             lit = lerp(_rgb(rock), _rgb(shadow), c.inside(dx + rough))
-            snow = lerp(WHITE, _rgb(0xC5D3EA), c.inside(dx + rough))
+            snow = lerp(_rgb(WHITE), _rgb(0xC5D3EA), c.inside(dx + rough))
             cap = c.inside(top + 0.17 - c.y + 0.8 * rough + 0.03 * (40 * dx).sin())
             peak = c.inside((c.y - top + rough - slope * dx.abs()) / slope)
             image = lerp(image, lerp(lit, snow, cap), peak)
@@ -700,14 +706,23 @@ def sprites() -> list[Tensor]:
     return [F.interpolate(full, size=(n, n), mode="bilinear", antialias=True, align_corners=False) for n in LEVELS]
 
 
+@cache
+def _sprites_on(device: torch.device) -> list[Tensor]:
+    return [pictures.to(device) for pictures in sprites()]
+
+
 def paths(scenes: list[Scene], times: Tensor) -> Tensor:
     """(4, clips, frames): x, y, relative size and angle along the path of every scene; times as for `render`."""
-    return _paths(scenes, _numbers(scenes), times.float().expand(len(scenes), -1))
+    return _paths(scenes, _numbers(scenes), _times(scenes, times))
 
 
 def _numbers(scenes: list[Scene]) -> Tensor:
     numbers = [np.random.default_rng(scene.seed).random(RANDOM_NUMBERS, np.float32) for scene in scenes]
-    return torch.from_numpy(np.stack(numbers))
+    return torch.from_numpy(np.stack(numbers)).to(torch.get_default_device())
+
+
+def _times(scenes: list[Scene], times: Tensor) -> Tensor:
+    return times.to(torch.get_default_device(), torch.float32).expand(len(scenes), -1)
 
 
 def _paths(scenes: list[Scene], numbers: Tensor, times: Tensor) -> Tensor:
@@ -742,7 +757,7 @@ def _draw(frames: Tensor, where: Tensor, objects: Tensor, rows: Tensor, ys: Tens
         dx, dy, half = xs - x, ys - y, side[chosen, None, None] / 2
         across = (dx * angle.cos() + dy * angle.sin()) * flip / half
         down = (dy * angle.cos() - dx * angle.sin()) / half
-        pictures = sprites()[k][objects[chosen]]
+        pictures = _sprites_on(objects.device)[k][objects[chosen]]
         drawn = F.grid_sample(pictures, torch.stack((across, down), dim=-1), align_corners=False)
         target = where[chosen]
         frames[target] = frames[target] * (1 - drawn[:, 3:]) + drawn
@@ -750,7 +765,7 @@ def _draw(frames: Tensor, where: Tensor, objects: Tensor, rows: Tensor, ys: Tens
 
 @torch.no_grad()
 def render(scenes: list[Scene], height: int, width: int, times: Tensor, *, coverage: bool = False) -> Tensor:
-    """Paint clips: float32 (batch, 3, frames, height, width) in [-1, 1].
+    """Paint clips: float32 (batch, 3, frames, height, width) in [-1, 1], on PyTorch's default device.
 
     `times` is (frames,) or (batch, frames) in [0, 1], 0 the first frame of the clip and 1 the last. With `coverage`
     a fourth channel says how much of a pixel the objects cover, from 0 to 1.
@@ -777,7 +792,7 @@ def _pixels(count: int) -> Tensor:
 def _paint(scenes: list[Scene], ys: Tensor, xs: Tensor, times: Tensor, coverage: bool) -> Tensor:
     """Paint clips as `render` returns them, at pixels (ys, xs): in frame heights, from the middle of the frame."""
     height, width = len(ys), len(xs)
-    times = times.float().expand(len(scenes), -1)
+    times = _times(scenes, times)
     count = times.shape[1]
     numbers = _numbers(scenes)
     clips = torch.zeros(len(scenes), count, 4, height, width)

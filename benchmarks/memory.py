@@ -1,0 +1,88 @@
+"""The memory that each of placement's tiers takes, side by side: `python -m benchmarks.memory --help`.
+
+Every tier makes the same video in a few steps a stage, which take as much memory as many do; the peaks are those of
+PyTorch's allocator, `used` of the tensors and `reserved` of the blocks they lie in. The frames are held against those
+of the first tier.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import models
+from benchmarks.cascade import Clock, distance, in_few_steps
+from benchmarks.ways import STAGES, Ours
+from show_1 import Cascade, Show1Error, placement
+from show_1.errors import exit_code
+from show_1.pipeline import check_device, default_dtype
+
+
+def measure(cascade: Cascade, tier: placement.Tier, device: torch.device, random: bool) -> tuple[dict, torch.Tensor]:
+    """Return a tier's {"seconds", "stages": {stage: {"peak_allocated_gb", …}}, …}, and its video."""
+    pipeline = models.load(cascade, device, default_dtype(device), random)
+    placement.place(pipeline, tier, device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    ours, clock, clips, stages = Ours(pipeline), Clock(device), {}, {}
+    began = time.perf_counter()
+    for stage in STAGES:
+        clips[stage], stages[stage] = clock(lambda stage=stage: ours.run(stage, clips))
+    peaks = {key: max(told[key] for told in stages.values()) for key in ("peak_allocated_gb", "peak_reserved_gb")}
+    return peaks | {"seconds": time.perf_counter() - began, "stages": stages}, clips[STAGES[-1]].cpu()
+
+
+def table(found: dict) -> str:
+    """Return what was found as Markdown."""
+    lines = [
+        f"{found['cascade']} ({found['weights']} weights) on {found['device']}, torch {found['torch']}.",
+        "",
+        "| tier | for cards of GB | used at the peak GB | reserved GB | in stage | largest difference |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in found["tiers"].items():
+        stage = max(row["stages"], key=lambda stage: row["stages"][stage]["peak_allocated_gb"]).replace("_", " ")
+        peaks = f"{row['peak_allocated_gb']:.2f} | {row['peak_reserved_gb']:.2f}"
+        lines.append(f"| {name} | {row['card_gb']:g} | {peaks} | {stage} | {row['difference']['max']:.1e} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.splitlines()[0])
+    parser.add_argument("--cascade", metavar="NAME|FILE", default="show-1", help="default: %(default)s")
+    parser.add_argument("--weights", choices=("own", "random"), default="own", help="random: full size, no download")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    return exit_code(lambda: _run(parser.parse_args()))
+
+
+@torch.no_grad()
+def _run(arguments: argparse.Namespace) -> None:
+    device = check_device(None)
+    if device.type != "cuda":
+        raise Show1Error("The tiers share the memory of a GPU, and there is none.", "Run this where one is.")
+    cascade = Cascade.load(arguments.cascade)
+    few = in_few_steps(cascade, steps=2)
+    found = {
+        "cascade": cascade.name,
+        "weights": arguments.weights,
+        "device": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "tiers": {},
+    }
+    reference = None
+    for tier in placement.TIERS:
+        row, video = measure(few, tier, device, arguments.weights == "random")
+        reference = video if reference is None else reference
+        found["tiers"][tier.name] = row | {"card_gb": tier.memory, "difference": distance(video, reference)}
+        print(f"measured: {tier.name}", file=sys.stderr)
+        if arguments.json is not None:  # at once: an interrupted run keeps what is finished
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
