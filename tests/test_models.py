@@ -1,16 +1,20 @@
 """The video UNet against the released configurations, and against itself in another precision."""
 
 import copy
+import importlib.util
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers.models.resnet import TemporalConvLayer
+from diffusers.models.resnet import ResnetBlock2D, TemporalConvLayer
 from safetensors.torch import load_file, save_file
 
 from show_1.models import UNet3DConditionModel, channels_last, frame_multiple
-from show_1.models.channels_last import GroupNorm
+from show_1.models.group_norm import ACTIVATIONS, GroupNorm
+from show_1.models.resnet import ResnetBlock
 from show_1.models.unet_3d_condition import TemporalConv
 from tests import tiny
 
@@ -112,7 +116,8 @@ def test_channels_last_changes_nothing_but_the_layout(family):
     unet = _unet(family).double()
     quick = channels_last(copy.deepcopy(unet))
     assert quick.state_dict().keys() == unet.state_dict().keys()
-    assert any(type(module) is GroupNorm for module in quick.modules())
+    assert {GroupNorm, ResnetBlock} <= {type(module) for module in quick.modules()}
+    assert quick.conv_norm_out.activation and not quick.conv_norm_out.training
     inputs = _inputs(unet, torch.float64)
     made = [model(**inputs).sample for model in (unet, quick)]
     assert (made[0] - made[1]).abs().max() < 1e-10
@@ -138,6 +143,120 @@ def test_group_norm_is_pytorchs(shape, offset):
     assert norm(x).is_contiguous(memory_format=torch.channels_last)
     constant = torch.full(shape, 1e4).to(memory_format=torch.channels_last)
     assert norm.float()(constant).isfinite().all()  # rounding must not make the variance negative
+
+
+def _formula(x, norm, activation, scale, shift) -> torch.Tensor:
+    y = torch.nn.functional.group_norm(x.contiguous(), norm.num_groups, norm.weight, norm.bias, norm.eps)
+    if scale is not None:
+        over = (..., *[None] * (x.ndim - 2))
+        y = y * (1 + scale[over]) + shift[over]
+    return ACTIVATIONS[activation](y) if activation else y
+
+
+def _norm_case(groups: int, shape: tuple[int, ...], offset: float = 0.0) -> tuple:
+    """Return a norm, its input in channels last and a scale and shift as they come, halves of one tensor; float64."""
+    torch.manual_seed(0)
+    norm = GroupNorm(groups, shape[1]).double()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = torch.randn(shape[0], *shape[2:], shape[1], dtype=torch.float64).movedim(-1, 1) + offset
+    return norm, x, *torch.randn(shape[0], 2 * shape[1], dtype=torch.float64).chunk(2, dim=1)
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 3, 4), (2, 64, 40, 40), (3, 32, 1, 1), (2, 32, 7)])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_group_norm_takes_scale_shift_and_activation_along(shape, activation, scaled):
+    norm, x, *scale_shift = _norm_case(8, shape)
+    rest = (activation, *(scale_shift if scaled else (None, None)))
+    expected = _formula(x, norm, *rest)
+    for layout in (x, x.contiguous()):
+        assert (norm(layout, *rest) - expected).abs().max() < 1e-10
+        with torch.no_grad():
+            assert (norm(layout, *rest) - expected).abs().max() < 1e-10
+    if scaled:  # under autocast, where they come out of a linear layer, in another type
+        half = [part.bfloat16() for part in scale_shift]
+        expected = _formula(x, norm, activation, *(part.double() for part in half))
+        assert (norm(x, activation, *half) - expected).abs().max() < 0.1
+
+
+def _kernels_device() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda" if torch.cuda.is_available() else None
+
+
+@pytest.mark.skipif(not _kernels_device(), reason="needs Triton, and CUDA or TRITON_INTERPRET=1")
+@pytest.mark.parametrize(
+    ("groups", "shape"),
+    [
+        (8, (2, 32, 5, 7)),
+        (32, (1, 160, 3, 50, 9)),
+        (32, (3, 320, 1, 1)),
+        (4, (2, 24, 33)),
+        (3, (1, 129, 2, 2)),
+        (32, (1, 128, 70, 70)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@torch.no_grad()
+def test_kernels_compute_the_formula(groups, shape, dtype, offset):
+    from show_1.models import kernels
+
+    device = _kernels_device()
+    norm, x, scale, shift = _norm_case(groups, shape, offset)
+    norm, x, scale, shift = (thing.to(device, dtype) for thing in (norm, x, scale, shift))
+    # Far from 0, rounding to bfloat16 leaves a small group hardly any variance, and the norm enlarges what is left.
+    precision = torch.finfo(dtype).eps * (4 + offset / 100) + 1e-6 * offset
+    for rest in ((None, None, None), ("gelu", scale, shift), ("silu", None, None)):
+        y = kernels.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, *rest)
+        assert (y.shape, y.dtype, y.stride()) == (x.shape, x.dtype, x.stride())
+        exact = (part if part is None or isinstance(part, str) else part.double() for part in rest)
+        expected = _formula(x.double(), copy.deepcopy(norm).double(), *exact)
+        assert ((y - expected).abs() <= precision * (1 + expected.abs())).all()
+
+
+@torch.no_grad()
+def test_without_kernels_it_goes_on_and_says_so_once(monkeypatch, caplog):
+    norm, x, *_ = _norm_case(8, (2, 32, 3, 4))
+    monkeypatch.setattr(GroupNorm, "failed", False)
+    monkeypatch.setattr(GroupNorm, "_suits_kernels", lambda *_: not GroupNorm.failed)
+    monkeypatch.setitem(sys.modules, "show_1.models.kernels", None)  # importing it fails
+    monkeypatch.delattr("show_1.models.kernels", raising=False)
+    for _ in range(2):
+        assert (norm(x, "silu") - _formula(x, norm, "silu", None, None)).abs().max() < 1e-10
+    assert [record.name for record in caplog.records] == ["show-1"]
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"out_channels": 64, "non_linearity": "gelu", "dropout": 0.5},
+        {"temb_channels": None, "out_channels": 64},
+        {"up": True, "skip_time_act": True, "time_embedding_norm": "scale_shift"},
+        {"down": True, "time_embedding_norm": "scale_shift", "output_scale_factor": 2**0.5, "non_linearity": "gelu"},
+        {"time_embedding_norm": "scale_shift", "out_channels": 64, "non_linearity": "mish"},
+    ],
+)
+@pytest.mark.parametrize(("batch", "size"), [(2, 6), (2, 32), (65, 4)])
+def test_resnet_block_is_diffusers(variant, batch, size):
+    torch.manual_seed(0)
+    block = ResnetBlock2D(**{"in_channels": 32, "temb_channels": 16, "groups": 8} | variant).double().eval()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    quick = channels_last(copy.deepcopy(block))
+    assert type(quick) is ResnetBlock and not quick.training
+    x = torch.randn(batch, 32, size, size, dtype=torch.float64)
+    temb = torch.randn(batch, 16, dtype=torch.float64) if block.time_emb_proj else None
+    expected = block(x, temb)
+    x = x.to(memory_format=torch.channels_last)
+    assert (quick(x, temb) - expected).abs().max() < 1e-10
+    with torch.no_grad():
+        y = quick(x, temb)
+    assert (y - expected).abs().max() < 1e-10
+    assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_strict_loading(tmp_path):

@@ -1,0 +1,94 @@
+"""Group norm that is quick in channels last, and takes a scale and shift and an activation along."""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+log = logging.getLogger("show-1")
+
+ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu}
+
+
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's group norm, the same numbers; where channels come last, on the CPU from sums over the pixels.
+
+    PyTorch's own has two ways for this layout on the CPU: that for 1024 pixels and more is quick, the other takes up to
+    ten times as long as in the usual layout, and both are slow backwards (measured with 2.13). On a GPU it knows the
+    usual layout alone, and the convolutions around it would have theirs copied into that and back: where no gradients
+    are recorded, `kernels` does better.
+    """
+
+    failed = False  # of the class: where one call's kernels cannot be compiled, the others' cannot either
+    activation: str | None = None  # of a module that follows and has been taken into this one
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        activation: str | None = None,
+        scale: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return activation(norm(x)·(1 + scale) + shift), in the layout of `x`, (batch, channels, …).
+
+        `scale` and `shift` are (batch, channels) and come together; `activation` is a key of `ACTIVATIONS`.
+        """
+        activation = activation or self.activation
+        if self._suits_kernels(x):
+            try:
+                from show_1.models import kernels
+
+                return kernels.group_norm(
+                    x, self.num_groups, self.weight, self.bias, self.eps, activation, scale, shift
+                )
+            except Exception as error:  # whatever Triton, the compiler that it calls and the driver raise
+                GroupNorm.failed = True
+                log.warning("Goes on without kernels of its own, slower: %s", str(error).partition("\n")[0])
+        if self._suits_sums(x):
+            y = self._from_sums(x, scale, shift)
+        else:
+            y = super().forward(x)
+            if scale is not None:
+                scale, shift = (_over_pixels(factor, x) for factor in (scale, shift))
+                y = torch.addcmul(shift, y, 1 + scale)
+        return ACTIVATIONS[activation](y) if activation else y
+
+    def _suits_kernels(self, x: torch.Tensor) -> bool:
+        if GroupNorm.failed or x.device.type != "cuda" or torch.is_grad_enabled():
+            return False
+        return x.dtype in (torch.float16, torch.bfloat16, torch.float32) and x.movedim(1, -1).is_contiguous()
+
+    def _suits_sums(self, x: torch.Tensor) -> bool:
+        if not (x.ndim == 4 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)):
+            return False  # in half precision sums of squares would overflow
+        if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+            return False
+        return x.shape[2] * x.shape[3] < 1024 or torch.is_grad_enabled()
+
+    def _from_sums(self, x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
+        size = pixels.shape[1] * (self.num_channels // self.num_groups)
+        mean = self._by_group(pixels.sum(1)) / size
+        variance = (self._by_group(pixels.square().sum(1)) / size - mean.square()).clamp(min=0)
+        factor = torch.rsqrt(variance + self.eps) * self.weight.unflatten(0, (self.num_groups, -1))
+        offset = self.bias.unflatten(0, (self.num_groups, -1)) - mean * factor
+        factor, offset = factor.flatten(1), offset.flatten(1)
+        if scale is not None:
+            factor, offset = factor * (1 + scale), torch.addcmul(shift, offset, 1 + scale)
+        normalised = torch.addcmul(offset[:, None], pixels, factor[:, None])
+        return normalised.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+    def _by_group(self, sums: torch.Tensor) -> torch.Tensor:
+        return sums.unflatten(1, (self.num_groups, -1)).sum(-1, keepdim=True)
+
+
+def activation_name(module: nn.Module | None) -> str | None:
+    """Return the key of `ACTIVATIONS` that computes what the module does, None where there is none."""
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else None
+    return "silu" if type(module) is nn.SiLU else None
+
+
+def _over_pixels(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return factor[(..., *[None] * (x.ndim - 2))]

@@ -1,0 +1,147 @@
+"""Group norm in channels last as Triton kernels, of which each call runs three: statistics, combine, apply.
+
+Triton comes with CUDA builds of PyTorch; elsewhere this module cannot be imported. What varies with the number of
+pixels is no constant of a kernel, so that few are compiled.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+TILE = 4096  # elements that a program holds at a time
+PROGRAMS = 1024  # enough to fill the largest GPUs
+
+
+def group_norm(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    activation: str | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return activation(norm(x)·(1 + scale) + shift), computed in float32, in the type and layout of `x`.
+
+    `x` is (batch, channels, …) and lies in memory as (batch, …, channels); `scale` and `shift` are (batch, channels).
+    """
+    batch, channels = x.shape[:2]
+    pixels = x.numel() // (batch * channels)
+    columns = min(128, max(32, channels & -channels))  # the power of two in 160, 320, …: no column idle
+    rows = TILE // columns
+    blocks = triton.cdiv(channels, columns)
+
+    tiles = triton.cdiv(pixels, rows)
+    chunk = rows * triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, batch * blocks)))
+    chunks = triton.cdiv(pixels, chunk)
+    means, squares = torch.empty(2, batch, chunks, channels, dtype=torch.float32, device=x.device)
+    factors, offsets = torch.empty(2, batch, channels, dtype=torch.float32, device=x.device)
+    y = torch.empty_like(x)
+    strides = (0, 0, 0, 0)
+    if scale is not None:
+        scale, shift = scale.expand(batch, channels), shift.expand(batch, channels)
+        strides = (*scale.stride(), *shift.stride())
+
+    with torch.cuda.device_of(x):
+        _statistics[chunks, blocks, batch](x, means, squares, pixels, channels, chunk, rows, columns, num_warps=4)
+        _combine[groups, batch](
+            *(means, squares, weight, bias, scale, shift, factors, offsets),
+            *(pixels, channels, chunk, chunks, channels // groups, *strides, eps),
+            num_warps=4,
+        )
+        _apply[tiles, blocks, batch](x, factors, offsets, y, pixels, channels, activation, rows, columns, num_warps=4)
+    return y
+
+
+@triton.jit(do_not_specialize=["pixels", "chunk"])
+def _statistics(x, means, squares, pixels, channels, chunk, rows: tl.constexpr, columns: tl.constexpr):
+    """Write each channel's mean over a chunk of pixels, and its sum of squares about that mean."""
+    batch = tl.program_id(2).to(tl.int64)
+    start = tl.program_id(0) * chunk
+    stop = tl.minimum(start + chunk, pixels)
+    row = tl.arange(0, rows)[:, None]
+    column = tl.program_id(1) * columns + tl.arange(0, columns)[None, :]
+    inside = column < channels
+    at = x + (batch * pixels + start) * channels + row * channels + column
+
+    # The first tile's mean is near the chunk's, and sums about it lose nothing to rounding where x is far from 0.
+    first = tl.load(at, mask=inside & (start + row < stop), other=0).to(tl.float32)
+    near = tl.sum(first, 0, keep_dims=True) / tl.minimum(rows, stop - start)
+    total = tl.zeros((rows, columns), tl.float32)
+    square = tl.zeros((rows, columns), tl.float32)
+    for pixel in range(start, stop, rows):
+        present = inside & (pixel + row < stop)
+        difference = tl.where(present, tl.load(at, mask=present, other=0).to(tl.float32) - near, 0)
+        total += difference
+        square += difference * difference
+        at += rows * channels
+    mean = tl.sum(total, 0, keep_dims=True) / (stop - start)
+    to = (batch * tl.num_programs(0) + tl.program_id(0)) * channels + column
+    tl.store(means + to, near + mean, mask=inside)
+    tl.store(squares + to, tl.sum(square, 0, keep_dims=True) - mean * mean * (stop - start), mask=inside)
+
+
+@triton.jit(do_not_specialize=["pixels", "channels", "chunk", "chunks", "size", *(f"stride{i}" for i in range(4))])
+def _combine(
+    means, squares, weight, bias, scale, shift, factors, offsets,
+    pixels, channels, chunk, chunks, size, stride0, stride1, stride2, stride3, eps,
+):  # fmt: skip
+    """Write a group's factors and offsets, one a channel, from the statistics of its `size` channels' chunks."""
+    batch = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * size
+    lane = tl.arange(0, 1024)
+    means += batch * chunks * channels + first
+    squares += batch * chunks * channels + first
+
+    total = tl.zeros((1024,), tl.float32)
+    for start in range(0, chunks * size, 1024):
+        part = (start + lane) // size
+        count = tl.minimum(chunk, pixels - part * chunk).to(tl.float32)
+        at = part * channels + (start + lane) % size
+        total += tl.load(means + at, mask=part < chunks, other=0) * count
+    mean = tl.sum(total) / pixels / size
+
+    total = tl.zeros((1024,), tl.float32)
+    for start in range(0, chunks * size, 1024):
+        part = (start + lane) // size
+        count = tl.minimum(chunk, pixels - part * chunk).to(tl.float32)
+        at = part * channels + (start + lane) % size
+        difference = tl.load(means + at, mask=part < chunks, other=mean) - mean
+        total += tl.load(squares + at, mask=part < chunks, other=0) + difference * difference * count
+    variance = tl.maximum(tl.sum(total) / pixels / size, 0)  # rounding must not make it negative
+    inverse = 1 / tl.sqrt(variance + eps)
+
+    for start in range(0, size, 1024):
+        channel = first + start + lane
+        inside = start + lane < size
+        factor = tl.load(weight + channel, mask=inside).to(tl.float32) * inverse
+        offset = tl.load(bias + channel, mask=inside).to(tl.float32) - mean * factor
+        if scale is not None:
+            more = 1 + tl.load(scale + batch * stride0 + channel * stride1, mask=inside).to(tl.float32)
+            plus = tl.load(shift + batch * stride2 + channel * stride3, mask=inside).to(tl.float32)
+            factor, offset = factor * more, offset * more + plus
+        tl.store(factors + batch * channels + channel, factor, mask=inside)
+        tl.store(offsets + batch * channels + channel, offset, mask=inside)
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def _apply(
+    x, factors, offsets, y, pixels, channels, activation: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr
+):
+    """Write activation(x·factor + offset) for a tile of pixels and channels."""
+    batch = tl.program_id(2).to(tl.int64)
+    start = tl.program_id(0) * rows
+    row = tl.arange(0, rows)[:, None]
+    column = tl.program_id(1) * columns + tl.arange(0, columns)[None, :]
+    inside = column < channels
+    factor = tl.load(factors + batch * channels + column, mask=inside)
+    offset = tl.load(offsets + batch * channels + column, mask=inside)
+    tile = (batch * pixels + start) * channels + row * channels + column
+    present = inside & (start + row < pixels)
+    value = tl.load(x + tile, mask=present).to(tl.float32) * factor + offset
+    if activation == "gelu":
+        value = 0.5 * value * (1 + tl.erf(value * 0.7071067811865476))
+    elif activation == "silu":
+        value = value / (1 + tl.exp(-value))
+    tl.store(y + tile, value.to(y.dtype.element_ty), mask=present)
