@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import os
 import pickle
@@ -632,9 +633,10 @@ def keyframes_stage(device: torch.device) -> Stage:
     levels, folder = around(1.2, 1.3), "show-1-base/unet"
     stage = pixel_stage(unet, keyframe_clips, folder, device, levels, steps=12, movement_weight=3)
     read = reader(device)
+    spatial_part = functools.cache(lambda unet: models.spatial_part(unet, "keyframes"))
 
     def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
-        spatial, stills = models.spatial_part(trained["unet"], "keyframes"), batch["pictures"]
+        spatial, stills = spatial_part(trained["unet"]), batch["pictures"]
         return stage.loss(trained, batch) + velocity_loss(spatial, read(stills), stills, around(0.4, 1.2))
 
     return dataclasses.replace(stage, loss=loss)
