@@ -829,6 +829,8 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
             losses, saved = [], time.monotonic()
         if done:
             break
+    if distributed.is_initialized():
+        distributed.barrier()  # the next stage starts from what has just been saved
 
 
 def join(address: str, rank: int, processes: int) -> None:
