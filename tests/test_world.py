@@ -119,6 +119,7 @@ def test_two_objects_are_side_by_side():
 
 def test_missing_font_is_told_clearly(monkeypatch):
     monkeypatch.setattr(world, "FONT", "no-such-font.ttf")
-    world.sprites.cache_clear(), world._sprites_on.cache_clear()  # Pillow would find the true name in the system's folders
+    for cached in (world.sprites, world._sprites_on):  # Pillow would find the true name in the system's folders
+        cached.cache_clear()
     with pytest.raises(Show1Error, match="fonts-noto-color-emoji"):
         world.render(_scenes(1), 20, 32, KEYFRAMES)

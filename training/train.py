@@ -54,6 +54,7 @@ GPU_SCALE = 8  # as many scenes a batch on a GPU, which would else wait for Pyth
 GPU_BATCHES = 8  # painted at once there
 UPDATES_APART = 4  # that processes training together make by themselves before they average their weights
 PATH_STRENGTH = 8.0  # of what the deepest features are to say of where things are: twice as much did no better
+PIXEL_WEIGHT = 20.0  # of the latent upscale's error in decoded pixels, which are what is looked at
 OBJECT_WEIGHT = 3.0  # an error on an object counts for so much more than one on the place behind it
 
 NOISE = models.image_noising_scheduler()  # one schedule for all: alpha and sigma of each of its 1000 levels
@@ -247,11 +248,16 @@ def enlarged_pictures(rng: np.random.Generator, scale: int = 1) -> dict:
 def enlarged_windows(rng: np.random.Generator, scale: int = 1) -> dict:
     scenes, captions = _scenes(rng, scale)
     batch, level = _enlarged(scenes, _window(rng, scenes, 8))
-    # The window's sharp lead, at times with faults of its own: in the chain it comes from a model.
-    lead = batch["clean"][:, :, :1]
-    batch["condition"][:, :, :1] = degrade(lead) if rng.random() < 0.5 else lead
+    batch = _led(rng, batch)
     batch = batch if rng.random() < 0.3 else _cut(rng, batch, 64)
     return batch | {"noise_level": level, "captions": captions}
+
+
+def _led(rng: np.random.Generator, batch: dict) -> dict:
+    """Begin a window's condition with its sharp lead, at times with faults: in the chain it comes from a model."""
+    lead = batch["clean"][:, :, :1]
+    lead = degrade(lead) if rng.random() < 0.5 else lead
+    return batch | {"condition": torch.cat([lead, batch["condition"][:, :, 1:]], dim=2)}
 
 
 def _enlarged(scenes: list[world.Scene], times: torch.Tensor) -> tuple[dict, torch.Tensor]:
@@ -271,13 +277,16 @@ def full_frames(rng: np.random.Generator, scale: int = 1) -> dict:
     return frames if whole else _cut(rng, frames, 96)
 
 
-def full_windows(rng: np.random.Generator, scale: int = 1) -> dict:
+def full_windows(rng: np.random.Generator, scale: int = 1, *, enlarge: Callable[[dict], torch.Tensor]) -> dict:
+    """Clips in full size, and as often as not what the stage before, `enlarge`, makes of small ones, as condition."""
     whole = rng.random() < 0.3
     scenes, captions = _scenes(rng, (1 if whole else 2) * scale)
     times = _window(rng, scenes, 4)
-    medium, small = (world.render(scenes, *size, times) for size in (MEDIUM, SMALL))
-    soft = bicubic(small, MEDIUM, align_corners=True)  # what the stage before starts from
-    medium = degrade(medium.lerp(soft, 0.7 * torch.rand(len(scenes), 1, 1, 1, 1)))
+    if rng.random() < 0.5:
+        batch, level = _enlarged(scenes, times)
+        medium = enlarge(_led(rng, batch) | {"noise_level": level, "captions": captions})
+    else:
+        medium = degrade(world.render(scenes, *MEDIUM, times))
     batch = _painted(scenes, FULL, times) | {"condition": bicubic(medium, FULL, antialias=True)}
     return (batch if whole else _cut(rng, batch, 96)) | {"captions": captions}
 
@@ -308,8 +317,11 @@ def velocity_loss(
     top: int = 1000,
     movement_weight: float = 0.0,
     edge_weight: float = 0.0,
+    error_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Return the weighted squared error of the predicted velocity (arXiv 2202.00512) at levels below `top`.
+
+    What `error_of` says of the clean sample that the prediction stands for is added.
 
     The error less its mean over a clip's frames, which is that of what moves, counts `movement_weight` times more.
     `edge_weight` is that of the absolute error in differences between neighbouring pixels: squares alone would rather
@@ -339,6 +351,8 @@ def velocity_loss(
     if edge_weight:
         edges = sum((error.diff(dim=d).abs() * weight.narrow(d, 1, weight.shape[d] - 1)).mean() for d in (-2, -1))
         loss = loss + edge_weight * edges / weight.mean()
+    if error_of is not None:
+        loss = loss + error_of(alpha * noisy - sigma * velocity.float())
     return loss
 
 
@@ -375,8 +389,13 @@ def autoencoder_loss(vae: AutoencoderKL, batch: dict) -> torch.Tensor:
     with torch.autocast(clean.device.type, torch.bfloat16, enabled=native_bfloat16(clean.device)):
         posterior = vae.encode(clean).latent_dist
         decoded = vae.decode(posterior.sample()).sample.float()
-    edges = sum(F.l1_loss(decoded.diff(dim=d), clean.diff(dim=d)) for d in (2, 3))
-    return F.l1_loss(decoded, clean) + edges + 1e-4 * posterior.kl().mean() / clean[0, 0].numel()
+    return pixel_error(decoded, clean) + 1e-4 * posterior.kl().mean() / clean[0, 0].numel()
+
+
+def pixel_error(frames: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+    """Return the mean absolute error of frames, (batch, channels, height, width), and that of their edges."""
+    edges = sum(F.l1_loss(frames.diff(dim=d), clean.diff(dim=d)) for d in (2, 3))
+    return F.l1_loss(frames, clean) + edges
 
 
 # --- Stages ---------------------------------------------------------------------------------------------------------
@@ -685,27 +704,54 @@ def latent_upscale_stage(device: torch.device) -> Stage:
     if not (folder / "vae").exists():
         raise Show1Error(f"The autoencoder is missing: {folder / 'vae'}", "Train it first: --stage vae")
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).requires_grad_(False).to(device)
+    scaling, half = vae.config.scaling_factor, native_bfloat16(device)
     tokenizer = clip_tokenizer()
     trained = {"unet": models.video_unet("latent_upscale"), "text_encoder": models.latent_text_encoder(tokenizer)}
     for name, model in trained.items():
         _start_from(model, folder / name)
 
+    def frames(clips: torch.Tensor) -> torch.Tensor:
+        return clips.transpose(1, 2).flatten(0, 1)
+
     def latents(clips: torch.Tensor) -> torch.Tensor:
-        mean = vae.encode(clips.transpose(1, 2).flatten(0, 1)).latent_dist.mean
-        return mean.unflatten(0, (len(clips), -1)).transpose(1, 2).float() * vae.config.scaling_factor
+        mean = vae.encode(frames(clips)).latent_dist.mean
+        return mean.unflatten(0, (len(clips), -1)).transpose(1, 2).float() * scaling
 
     def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=native_bfloat16(device)):
-            clean, enlarged = latents(batch["clean"]), latents(batch["condition"])
+        def error_of(sample: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                decoded = vae.decode(frames(sample) / scaling).sample.float()
+            return PIXEL_WEIGHT * pixel_error(decoded, frames(batch["clean"]))
+
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
+            pair = {"clean": latents(batch["clean"]), "degraded": latents(batch["condition"])}
         states = _states(trained["text_encoder"], _tokens(tokenizer, batch))
-        return velocity_loss(trained["unet"], states, {"clean": clean, "degraded": enlarged}, mostly(50), top=50)
+        return velocity_loss(trained["unet"], states, pair, mostly(50), top=50, error_of=error_of)
 
     return Stage(
         trained,
-        full_windows,
+        functools.partial(full_windows, enlarge=PixelUpscale(device)),
         loss,
         {"unet": "show-1-sr2/unet", "text_encoder": "show-1-sr2/text_encoder"},
     )
+
+
+class PixelUpscale:
+    """The trained pixel upscale, loaded where it is first used: on a CPU in the process that makes the batches."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    @functools.cached_property
+    def models(self) -> tuple[nn.Module, Callable[[dict], torch.Tensor]]:
+        unet = models.video_unet("pixel_upscale")
+        _start_from(unet, MINI / "show-1-sr1" / "unet", MINI / "IF-II-L" / "unet")
+        return unet.requires_grad_(False).to(self.device), reader(self.device)
+
+    def __call__(self, batch: dict) -> torch.Tensor:
+        """Return what it makes of the batch's "condition", in the shape of its "clean"."""
+        unet, read = self.models
+        return draw(unet, read(batch), batch, steps=1)
 
 
 # Name → how to build it and its share of the time, in order: each may start from what those before it have saved.
