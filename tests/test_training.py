@@ -211,3 +211,15 @@ def test_combinations_cover_the_vocabulary():
     for column, known in enumerate((world.OBJECTS, world.PLACES, world.MOTIONS)):
         counts = [sum(words[column] == word for words in chosen) for word in known]
         assert min(counts) >= 2 and max(counts) <= 2 * min(counts) + 2, dict(zip(known, counts, strict=True))
+
+
+def test_what_is_painted_at_once_comes_in_batches(monkeypatch):
+    monkeypatch.setattr(train, "GPU_SCALE", 1)
+    monkeypatch.setattr(train, "GPU_BATCHES", 2)
+    stream = train.painted_on(CPU, train.keyframe_clips, (1, 2))
+    first, second, third = (next(stream) for _ in range(3))
+    many = train.made_on(CPU, train.keyframe_clips, np.random.default_rng((1, 2)), 2)
+    assert first["captions"] + second["captions"] == many["captions"]
+    assert torch.equal(torch.cat([first["clean"], second["clean"]]), many["clean"])
+    assert torch.equal(second["pictures"]["clean"], many["pictures"]["clean"][16:])
+    assert not torch.equal(third["clean"], first["clean"])

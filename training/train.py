@@ -87,9 +87,14 @@ def painted_on(device: torch.device, make: Callable[..., dict], seed: tuple[int,
     """
     rng = np.random.default_rng(seed)
     while True:
-        with device:  # the default for all tensors made meanwhile
-            many = make(rng, GPU_SCALE * GPU_BATCHES)
+        many = made_on(device, make, rng, GPU_SCALE * GPU_BATCHES)
         yield from (_part(many, number) for number in range(GPU_BATCHES))
+
+
+def made_on(device: torch.device, make: Callable[..., dict], rng: np.random.Generator, scale: int = 1) -> dict:
+    """Return a batch that is made on a device."""
+    with device:  # the default for all tensors made meanwhile
+        return make(rng, scale)
 
 
 def _part(many: dict, number: int) -> dict:
@@ -418,13 +423,8 @@ class Stage:
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
             for _ in range(batches):
-                losses.append(self.loss(models, _on(device, self.batches(rng))).item())
+                losses.append(self.loss(models, made_on(device, self.batches, rng)).item())
         return float(np.mean(losses))
-
-
-def _on(device: torch.device, batch: dict) -> dict:
-    moved = {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value)}
-    return batch | moved | {key: _on(device, value) for key, value in batch.items() if isinstance(value, dict)}
 
 
 def _states(encoder: nn.Module, tokens) -> torch.Tensor:
@@ -580,7 +580,7 @@ def paths_stage(device: torch.device) -> Stage:
     # How the features of a cell differ with how much of it is covered: a regression on true clips.
     rng, found, covered = np.random.default_rng(0), [], []
     for _ in range(8):
-        batch = _on(device, path_clips(rng, 4))
+        batch = made_on(device, path_clips, rng, 4)
         with torch.no_grad():
             found.append(features(block, entering(batch, 600)).movedim(2, 0))
         cells = found[-1].shape[-2:]
@@ -611,7 +611,7 @@ def paths_stage(device: torch.device) -> Stage:
 def _tell_motions_apart(unet: nn.Module, block: nn.Module, read: Callable, rng: np.random.Generator) -> None:
     """Add a sign of the motion to what a block's ResNets take from the text: pictures leave hardly any there."""
     device = unet.device
-    batches = [_on(device, captions(rng)) for _ in range(40)]
+    batches = [made_on(device, captions, rng) for _ in range(40)]
     motion = torch.cat([batch["motion"] for batch in batches])
     named = torch.cat([told(batch) for batch in batches])[:, None].to(device)
     with torch.no_grad():
@@ -746,7 +746,7 @@ class PixelUpscale:
     def models(self) -> tuple[nn.Module, Callable[[dict], torch.Tensor]]:
         unet = models.video_unet("pixel_upscale")
         _start_from(unet, MINI / "show-1-sr1" / "unet", MINI / "IF-II-L" / "unet")
-        return unet.requires_grad_(False).to(self.device), reader(self.device)
+        return channels_last(unet.requires_grad_(False).to(self.device)), reader(self.device)
 
     def __call__(self, batch: dict) -> torch.Tensor:
         """Return what it makes of the batch's "condition", in the shape of its "clean"."""
