@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D, TemporalConvLayer
 from safetensors.torch import load_file, save_file
 
-from show_1.models import UNet3DConditionModel, channels_last, frame_multiple
+from show_1.models import UNet3DConditionModel, channels_last, frame_multiple, try_kernels
+from show_1.models.attention import FrameAttention
 from show_1.models.group_norm import ACTIVATIONS, GroupNorm
 from show_1.models.resnet import ResnetBlock
 from show_1.models.unet_3d_condition import TemporalConv
@@ -217,14 +219,92 @@ def test_kernels_compute_the_formula(groups, shape, dtype, offset):
         assert ((y - expected).abs() <= precision * (1 + expected.abs())).all()
 
 
+def _attention(**variant) -> Attention:
+    torch.manual_seed(0)
+    return Attention(**{"query_dim": 40, "heads": 4, "dim_head": 10} | variant).double().eval()
+
+
+def _scaled_dot_product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("variant", "call", "ours"),
+    [
+        ({}, {}, True),
+        ({"bias": True, "residual_connection": True, "rescale_output_factor": 2.0, "dropout": 0.5}, {}, True),
+        ({}, {"hidden_states": torch.ones(6, 17, 40)}, False),
+        ({}, {"hidden_states": torch.ones(6, 40, 2, 3)}, False),
+        ({}, {"attention_mask": torch.tensor([[0.0, 0, -1e4, 0, 0]]).expand(6, -1)}, False),
+        ({}, {"encoder_hidden_states": torch.ones(6, 3, 40)}, False),
+        ({"dim_head": 16}, {}, False),
+        ({"dim_head": 68}, {}, False),
+        ({"norm_num_groups": 4}, {}, False),
+        ({"qk_norm": "layer_norm"}, {}, False),
+        (
+            {"spatial_norm_dim": 40, "query_dim": 64},
+            {"hidden_states": torch.ones(6, 64, 2, 3), "temb": torch.ones(6, 40, 2, 3)},
+            False,
+        ),
+    ],
+)
+@torch.no_grad()
+def test_frame_attention_is_diffusers(monkeypatch, variant, call, ours):
+    """With a formula for the kernel, which is taken where it should be and nowhere else."""
+    attention = _attention(**variant)
+    call = {name: x.double() for name, x in ({"hidden_states": torch.randn(6, 5, 40)} | call).items()}
+    assert type(attention.processor) is AttnProcessor2_0
+    expected = attention(**call)
+    attention.set_processor(FrameAttention())
+    assert (attention(**call) - expected).abs().max() < 1e-12
+    taken = []
+    monkeypatch.setattr(try_kernels, "suit", lambda x: True)
+    monkeypatch.setattr(try_kernels, "attempt", lambda name, *args: taken.append(name) or _scaled_dot_product(*args))
+    assert (attention(**call) - expected).abs().max() < 1e-12
+    assert taken == ["short_attention"] * ours
+
+
+def test_frame_attention_is_the_temporal_transformers():
+    unet = channels_last(_unet("pixel"))
+    ours = {name for name, processor in unet.attn_processors.items() if type(processor) is FrameAttention}
+    assert ours == {name for name in unet.attn_processors if "temp_attentions" in name} != set()
+
+
+@pytest.mark.skipif(not _kernels_device(), reason="needs Triton, and CUDA or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("frames", [1, 5, 8, 16])
+@pytest.mark.parametrize("features", [5, 10, 12, 15, 20, 64])
+@pytest.mark.parametrize("heads", [3, 64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@torch.no_grad()
+def test_short_attention_computes_the_formula(frames, features, heads, dtype):
+    from show_1.models import kernels
+
+    torch.manual_seed(0)
+    channels = heads * features
+    size = torch.tensor([1, 100])[:, None, None]  # of the second sequence's scores, exponentials would overflow
+    q, k, v = torch.randn(3, 2, frames, channels)
+    q, k, v = (x.to(_kernels_device(), dtype) for x in (q * size, k, v))
+    k, v = torch.cat([k, v], dim=-1).split(channels, dim=-1)
+    v = v.transpose(0, 1).contiguous().transpose(0, 1)
+    y = kernels.short_attention(q, k, v, heads)
+    assert (y.shape, y.dtype) == (q.shape, dtype) and y.is_contiguous()
+    difference = (y - _scaled_dot_product(q.double(), k.double(), v.double(), heads)).abs().cpu()
+    assert (difference <= 4 * torch.finfo(dtype).eps + 1e-6 * size).all()
+
+
 @torch.no_grad()
 def test_without_kernels_it_goes_on_and_says_so_once(monkeypatch, caplog):
     norm, x, *_ = _norm_case(8, (2, 32, 3, 4))
-    monkeypatch.setattr(GroupNorm, "failed", False)
-    monkeypatch.setattr(GroupNorm, "_suits_kernels", lambda *_: not GroupNorm.failed)
+    attention, tokens = _attention(), torch.randn(6, 5, 40, dtype=torch.float64)
+    expected = attention(tokens)
+    attention.set_processor(FrameAttention())
+    monkeypatch.setattr(try_kernels, "failed", False)
+    monkeypatch.setattr(try_kernels, "suit", lambda _: not try_kernels.failed)
     monkeypatch.setitem(sys.modules, "show_1.models.kernels", None)  # importing it fails
     monkeypatch.delattr("show_1.models.kernels", raising=False)
     for _ in range(2):
+        assert (attention(tokens) - expected).abs().max() < 1e-12
         assert (norm(x, "silu") - _formula(x, norm, "silu", None, None)).abs().max() < 1e-10
     assert [record.name for record in caplog.records] == ["show-1"]
 

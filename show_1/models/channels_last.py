@@ -7,9 +7,12 @@ to the temporal layers it is the clip that they want, and to the attention the t
 from typing import TypeVar
 
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
 from torch import nn
 
+from show_1.models.attention import FrameAttention
 from show_1.models.group_norm import GroupNorm, activation_name
 from show_1.models.resnet import ResnetBlock
 
@@ -35,6 +38,10 @@ def channels_last(model: Model) -> Model:
         if type(module) is ResnetBlock2D:
             module.__class__ = ResnetBlock
             module.activation = activation_name(module.nonlinearity)
+        if isinstance(module, TransformerTemporalModel):
+            for part in module.modules():
+                if isinstance(part, Attention) and type(part.processor) is AttnProcessor2_0:
+                    part.set_processor(FrameAttention())
     for parameter in model.parameters():
         if parameter.ndim == 4:  # the temporal convolutions' have five, and are not run as they lie
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)

@@ -1,12 +1,10 @@
 """Group norm that is quick in channels last, and takes a scale and shift and an activation along."""
 
-import logging
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-log = logging.getLogger("show-1")
+from show_1.models import try_kernels
 
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu}
 
@@ -20,7 +18,6 @@ class GroupNorm(nn.GroupNorm):
     are recorded, `kernels` does better.
     """
 
-    failed = False  # of the class: where one call's kernels cannot be compiled, the others' cannot either
     activation: str | None = None  # of a module that follows and has been taken into this one
 
     def forward(
@@ -35,16 +32,11 @@ class GroupNorm(nn.GroupNorm):
         `scale` and `shift` are (batch, channels) and come together; `activation` is a key of `ACTIVATIONS`.
         """
         activation = activation or self.activation
-        if self._suits_kernels(x):
-            try:
-                from show_1.models import kernels
-
-                return kernels.group_norm(
-                    x, self.num_groups, self.weight, self.bias, self.eps, activation, scale, shift
-                )
-            except Exception as error:  # whatever Triton, the compiler that it calls and the driver raise
-                GroupNorm.failed = True
-                log.warning("Goes on without kernels of its own, slower: %s", str(error).partition("\n")[0])
+        if try_kernels.suit(x) and x.movedim(1, -1).is_contiguous():
+            rest = (self.num_groups, self.weight, self.bias, self.eps, activation, scale, shift)
+            y = try_kernels.attempt("group_norm", x, *rest)
+            if y is not None:
+                return y
         if self._suits_sums(x):
             y = self._from_sums(x, scale, shift)
         else:
@@ -53,11 +45,6 @@ class GroupNorm(nn.GroupNorm):
                 scale, shift = (_over_pixels(factor, x) for factor in (scale, shift))
                 y = torch.addcmul(shift, y, 1 + scale)
         return ACTIVATIONS[activation](y) if activation else y
-
-    def _suits_kernels(self, x: torch.Tensor) -> bool:
-        if GroupNorm.failed or x.device.type != "cuda" or torch.is_grad_enabled():
-            return False
-        return x.dtype in (torch.float16, torch.bfloat16, torch.float32) and x.movedim(1, -1).is_contiguous()
 
     def _suits_sums(self, x: torch.Tensor) -> bool:
         if not (x.ndim == 4 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)):

@@ -1,4 +1,4 @@
-"""Group norm in channels last as Triton kernels, of which each call runs three: statistics, combine, apply.
+"""Triton kernels: group norm in channels last, and attention over short sequences.
 
 Triton comes with CUDA builds of PyTorch; elsewhere this module cannot be imported. What varies with the number of
 pixels is no constant of a kernel, so that few are compiled.
@@ -25,6 +25,7 @@ def group_norm(
     """Return activation(norm(x)·(1 + scale) + shift), computed in float32, in the type and layout of `x`.
 
     `x` is (batch, channels, …) and lies in memory as (batch, …, channels); `scale` and `shift` are (batch, channels).
+    Three kernels run: statistics, combine, apply.
     """
     batch, channels = x.shape[:2]
     pixels = x.numel() // (batch * channels)
@@ -51,6 +52,26 @@ def group_norm(
             num_warps=4,
         )
         _apply[tiles, blocks, batch](x, factors, offsets, y, pixels, channels, activation, rows, columns, num_warps=4)
+    return y
+
+
+def short_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return softmax(q·kᵀ/√features)·v of each head, computed in float32, in the type and shape of `q`.
+
+    All are (sequences, frames, heads·features), of 16 frames at most, with the last dimension contiguous.
+    """
+    sequences, frames, channels = q.shape
+    features = channels // heads
+    tile_frames, tile_features = triton.next_power_of_2(frames), triton.next_power_of_2(features)
+    rows = TILE // (tile_frames * tile_features)
+    strides = (stride for x in (q, k, v) for stride in x.stride()[:2])
+    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    with torch.cuda.device_of(q):
+        _short_attention[(triton.cdiv(sequences * heads, rows),)](
+            *(q, k, v, y, sequences * heads, frames, heads, *strides, features**-0.5),
+            *(features, rows, tile_frames, tile_features),
+            num_warps=4,
+        )
     return y
 
 
@@ -145,3 +166,36 @@ def _apply(
     elif activation == "silu":
         value = value / (1 + tl.exp(-value))
     tl.store(y + tile, value.to(y.dtype.element_ty), mask=present)
+
+
+@triton.jit(do_not_specialize=["rows", "frames", "heads"])
+def _short_attention(
+    q, k, v, y, rows, frames, heads, q_sequence, q_frame, k_sequence, k_frame, v_sequence, v_frame, scale,
+    features: tl.constexpr, tile_rows: tl.constexpr, tile_frames: tl.constexpr, tile_features: tl.constexpr,
+):  # fmt: skip
+    """Write the attention of some rows, a row being one head of one sequence: head by head, then sequence by sequence.
+
+    The keys and values of all frames are held, (rows, frames, features); the queries come frame by frame. Were frames
+    the first dimension, Triton would spread them over threads, and sums over them would go through shared memory.
+    """
+    row = tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)[:, None, None]
+    frame = tl.arange(0, tile_frames)[None, :, None]
+    feature = tl.arange(0, tile_features)[None, None, :]
+    inside = (row < rows) & (feature < features)
+    present = inside & (frame < frames)
+    sequence = (row // heads).to(tl.int64)
+    column = row % heads * features + feature
+
+    far = frame.to(tl.int64)
+    key = tl.load(k + sequence * k_sequence + far * k_frame + column, mask=present, other=0).to(tl.float32)
+    value = tl.load(v + sequence * v_sequence + far * v_frame + column, mask=present, other=0).to(tl.float32)
+    at = q + sequence * q_sequence + column
+    to = y + sequence * frames * heads * features + column
+    for _ in range(frames):
+        query = tl.load(at, mask=inside, other=0).to(tl.float32) * scale
+        score = tl.where(frame < frames, tl.sum(query * key, 2, keep_dims=True), float("-inf"))
+        weight = tl.exp(score - tl.max(score, 1, keep_dims=True))
+        result = tl.sum(weight * value, 1, keep_dims=True) / tl.sum(weight, 1, keep_dims=True)
+        tl.store(to, result.to(y.dtype.element_ty), mask=inside)
+        at += q_frame
+        to += heads * features
