@@ -7,6 +7,8 @@ to the temporal layers it is the clip that they want, and to the attention the t
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
@@ -22,6 +24,15 @@ Model = TypeVar("Model", bound=nn.Module)
 PAIRS = (("conv_norm_out", "conv_act"), ("0", "1"))
 
 
+class OutputConv(nn.Conv2d):
+    """A UNet's last convolution, in float32 at least, as the norm before it: what they round is seen in the frames."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (batch, out_channels, height, width), in float32 where the weights are in half precision."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.conv2d(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype), self.stride, self.padding)
+
+
 def channels_last(model: Model) -> Model:
     """Have a model of convolutions compute in channels last, and return it; its parameters keep their names."""
     for module in list(model.modules()):
@@ -35,6 +46,9 @@ def channels_last(model: Model) -> Model:
             if name and type(getattr(module, norm, None)) is GroupNorm:
                 getattr(module, norm).activation = name
                 setattr(module, act, nn.Identity())
+        if isinstance(module, UNet2DConditionModel):
+            module.conv_norm_out.least = torch.float32
+            module.conv_out.__class__ = OutputConv
         if type(module) is ResnetBlock2D:
             module.__class__ = ResnetBlock
             module.activation = activation_name(module.nonlinearity)

@@ -19,6 +19,7 @@ class GroupNorm(nn.GroupNorm):
     """
 
     activation: str | None = None  # of a module that follows and has been taken into this one
+    least: torch.dtype | None = None  # what is computed, and returned, in this type at least
 
     def forward(
         self,
@@ -32,6 +33,7 @@ class GroupNorm(nn.GroupNorm):
         `scale` and `shift` are (batch, channels) and come together; `activation` is a key of `ACTIVATIONS`.
         """
         activation = activation or self.activation
+        x = x if self.least is None else x.to(torch.promote_types(x.dtype, self.least))
         if try_kernels.suit(x) and x.movedim(1, -1).is_contiguous():
             rest = (self.num_groups, self.weight, self.bias, self.eps, activation, scale, shift)
             y = try_kernels.attempt("group_norm", x, *rest)
@@ -40,7 +42,7 @@ class GroupNorm(nn.GroupNorm):
         if self._suits_sums(x):
             y = self._from_sums(x, scale, shift)
         else:
-            y = super().forward(x)
+            y = F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
             if scale is not None:
                 scale, shift = (_over_pixels(factor, x) for factor in (scale, shift))
                 y = torch.addcmul(shift, y, 1 + scale)
