@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D, TemporalConvLayer
 from safetensors.torch import load_file, save_file
@@ -128,6 +129,20 @@ def test_channels_last_changes_nothing_but_the_layout(family):
     for name, parameter in unet.named_parameters():
         if parameter.grad is not None:
             assert (parameter.grad - quick.get_parameter(name).grad).abs().max() < 1e-10, name
+
+
+@torch.no_grad()
+def test_the_last_layers_do_not_round_to_half_precision():
+    unet = channels_last(_unet("pixel").bfloat16())
+    seen = []
+    unet.conv_norm_out.register_forward_hook(lambda module, given, made: seen.extend((given[0], made)))
+    sample = unet(**_inputs(unet, torch.bfloat16)).sample
+    given, normed = seen
+    assert (given.dtype, normed.dtype, sample.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    norm, conv = unet.conv_norm_out, unet.conv_out
+    expected = F.group_norm(given.double(), norm.num_groups, norm.weight.double(), norm.bias.double(), norm.eps)
+    expected = F.conv2d(F.gelu(expected), conv.weight.double(), conv.bias.double(), padding=1)
+    assert (sample.transpose(1, 2).flatten(0, 1) - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 3, 4), (1, 64, 40, 40), (3, 32, 1, 1)])
