@@ -296,9 +296,7 @@ def _run(arguments: argparse.Namespace) -> None:
     random = arguments.weights == "random"
     if random and device.type == "cpu":
         raise Show1Error("Full-size models take hours on a CPU.", "Run this where a GPU is, or take the cascade mini.")
-    for file in filter(None, (arguments.json, arguments.plot)):
-        if not os.access(file.parent, os.W_OK):  # said now, rather than after the work
-            raise Show1Error(f"{file} cannot be written.", "Name a file in a folder that is there and yours.")
+    check_writable(arguments.json, arguments.plot)
     dtype = DTYPES.get(arguments.dtype) or default_dtype(device)
 
     began = time.perf_counter()
@@ -335,6 +333,13 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     if arguments.plot is not None:
         plot(found, arguments.plot)
+
+
+def check_writable(*files: Path | None) -> None:
+    """Raise Show1Error for a file that cannot be written, before the work rather than after it."""
+    for file in filter(None, files):
+        if not os.access(file.parent, os.W_OK):
+            raise Show1Error(f"{file} cannot be written.", "Name a file in a folder that is there and yours.")
 
 
 def _device_name(device: torch.device) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import models
-from benchmarks.cascade import Clock, distance, in_few_steps
+from benchmarks.cascade import Clock, check_writable, distance, in_few_steps
 from benchmarks.ways import STAGES, Ours
 from show_1 import Cascade, Show1Error, placement
 from show_1.errors import exit_code
@@ -64,6 +64,7 @@ def _run(arguments: argparse.Namespace) -> None:
     device = check_device(None)
     if device.type != "cuda":
         raise Show1Error("The tiers share the memory of a GPU, and there is none.", "Run this where one is.")
+    check_writable(arguments.json)
     cascade = Cascade.load(arguments.cascade)
     few = in_few_steps(cascade, steps=2)
     found = {
@@ -74,14 +75,17 @@ def _run(arguments: argparse.Namespace) -> None:
         "tiers": {},
     }
     reference = None
-    for tier in placement.TIERS:
-        row, video = measure(few, tier, device, arguments.weights == "random")
-        reference = video if reference is None else reference
-        found["tiers"][tier.name] = row | {"card_gb": tier.memory, "difference": distance(video, reference)}
-        print(f"measured: {tier.name}", file=sys.stderr)
-        if arguments.json is not None:  # at once: an interrupted run keeps what is finished
-            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    try:
+        for tier in placement.TIERS:
+            row, video = measure(few, tier, device, arguments.weights == "random")
+            reference = video if reference is None else reference
+            found["tiers"][tier.name] = row | {"card_gb": tier.memory, "difference": distance(video, reference)}
+            print(f"measured: {tier.name}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("Interrupted; what follows is of the finished tiers.", file=sys.stderr)
     print(table(found))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

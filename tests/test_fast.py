@@ -1,6 +1,7 @@
 """Measures that trade exactness for speed do what they say; the benchmark runs and tells the truth about two ways."""
 
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -142,6 +143,13 @@ def test_measures_one_by_one():
 def test_bad_input(monkeypatch, capsys, arguments, words):
     assert _benchmark(monkeypatch, *arguments) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["memory", "norm"])
+def test_what_needs_a_gpu_says_so(name):
+    run = subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], capture_output=True, text=True)
+    assert run.returncode == 2 and "there is none" in run.stderr and "Traceback" not in run.stderr
 
 
 def test_an_interrupted_benchmark_keeps_its_finished_rounds():

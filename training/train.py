@@ -743,14 +743,14 @@ class PixelUpscale:
         self.device = device
 
     @functools.cached_property
-    def models(self) -> tuple[nn.Module, Callable[[dict], torch.Tensor]]:
+    def loaded(self) -> tuple[nn.Module, Callable[[dict], torch.Tensor]]:
         unet = models.video_unet("pixel_upscale")
         _start_from(unet, MINI / "show-1-sr1" / "unet", MINI / "IF-II-L" / "unet")
         return channels_last(unet.requires_grad_(False).to(self.device)), reader(self.device)
 
     def __call__(self, batch: dict) -> torch.Tensor:
         """Return what it makes of the batch's "condition", in the shape of its "clean"."""
-        unet, read = self.models
+        unet, read = self.loaded
         return draw(unet, read(batch), batch, steps=1)
 
 

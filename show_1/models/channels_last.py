@@ -25,7 +25,10 @@ PAIRS = (("conv_norm_out", "conv_act"), ("0", "1"))
 
 
 class OutputConv(nn.Conv2d):
-    """A UNet's last convolution, in float32 at least, as the norm before it: what they round is seen in the frames."""
+    """A UNet's last convolution, in float32 at least, as the norm before it: what they round is seen in the frames.
+
+    On a GPU PyTorch may take TF32 for it, which rounds what comes in as float16 does, and less than bfloat16.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (batch, out_channels, height, width), in float32 where the weights are in half precision."""
