@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -174,6 +175,46 @@ def test_paths_are_taught_to_the_deepest_up_block_alone(folders, monkeypatch):
         assert stage.loss(stage.models, batch) < 0.8 * before
     taught = {name for name, parameter in unet.named_parameters() if parameter.grad is not None}
     assert taught and all(name.startswith("up_blocks.0.") for name in taught)
+    assert not any(parameter.requires_grad for parameter in stage.models["untaught"].parameters())
+
+
+def test_pictures_for_pairs_are_told_in_the_same_words_but_for_the_things():
+    things = {"a", "an"}
+    for name, thing in world.OBJECTS.items():
+        things.update(re.findall("[a-z]+", f"{name} {thing.synonyms}"))
+    batch = train.pictures_for_pairs(np.random.default_rng(0), 4)
+    rows = list(zip(batch["captions"], batch["left"], batch["right"], strict=True))
+    assert sum(left != right for _, left, right in rows) > 8
+    for row in rows:
+        told, left, right = row
+        if left == right:
+            assert told == left and " and " not in told
+        rest, *others = ([word for word in text.split() if word.strip(",") not in things] for text in row)
+        assert others == [rest, rest]
+
+
+def test_pairs_are_taught_to_the_blocks_that_read_alone(folders):
+    for part in ("tokenizer", "text_encoder"):
+        shutil.copytree(REAL_MINI / "show-1-base" / part, folders / "mini" / "show-1-base" / part)
+    with pytest.raises(Show1Error, match="--stage pictures"):
+        train.pairs_stage(CPU)
+    shutil.copytree(REAL_MINI / "show-1-base" / "unet", folders / "mini" / "show-1-base" / "unet")
+    stage = train.pairs_stage(CPU)
+    unet = stage.models["unet"]
+    batch = train.pictures_for_pairs(np.random.default_rng(0))
+    with torch.no_grad():
+        torch.manual_seed(0)
+        before = stage.loss(stage.models, batch)
+    optimizer = torch.optim.Adam([p for p in unet.parameters() if p.requires_grad], 3e-4)
+    for _ in range(8):
+        optimizer.zero_grad()
+        stage.loss(stage.models, batch).backward()
+        optimizer.step()
+    with torch.no_grad():
+        torch.manual_seed(0)
+        assert stage.loss(stage.models, batch) < 0.9 * before
+    taught = {name for name, parameter in unet.named_parameters() if parameter.grad is not None}
+    assert taught and all(re.match(r"(down_blocks\.2|mid_block|up_blocks\.[01])\.", name) for name in taught)
     assert not any(parameter.requires_grad for parameter in stage.models["untaught"].parameters())
 
 

@@ -107,14 +107,15 @@ def test_motions_go_where_they_say(motion, axis, sign):
 
 
 @needs_font
-def test_two_objects_are_side_by_side():
-    scenes = [
-        Scene(names, "in space", "standing still", "", 1) for names in (("cat", "dog"), ("cat", "frog"), ("pig", "dog"))
-    ]
-    both, other_second, other_first = world.render(scenes, 40, 64, torch.tensor([0.0]))[:, :, 0].unbind()
+def test_of_two_objects_the_darker_one_is_on_the_left():
+    """However the caption puts them: the dinosaur is the darkest of all, and the pig the brightest."""
+    pairs = ("dinosaur", "ghost"), ("ghost", "dinosaur"), ("dinosaur", "pig"), ("crab", "ghost")
+    scenes = [Scene(names, "in space", "standing still", "", 1) for names in pairs]
+    both, turned, other_right, other_left = world.render(scenes, 40, 64, torch.tensor([0.0]))[:, :, 0].unbind()
+    assert torch.equal(both, turned)
     columns = torch.arange(64.0)
-    first, second = ((both - other).abs().sum((0, 1)) for other in (other_first, other_second))
-    assert (first * columns).sum() / first.sum() + 10 < (second * columns).sum() / second.sum()
+    left, right = ((both - other).abs().sum((0, 1)) for other in (other_left, other_right))
+    assert (left * columns).sum() / left.sum() + 10 < (right * columns).sum() / right.sum()
 
 
 def test_missing_font_is_told_clearly(monkeypatch):

@@ -127,9 +127,7 @@ def follow_pairs(pool: Executor, count: int) -> float:
     chosen = pairs(count)
     prompts = [f"{world.with_article(one)} and {world.with_article(other)} {place}" for one, other, place in chosen]
     made = tqdm(pool.map(_video, prompts, range(count)), "pairs", count)
-    right = [
-        set(seen["video"]["pair"]) == {one, other} for (one, other, _), (_, seen) in zip(chosen, made, strict=True)
-    ]
+    right = [seen["video"]["pair"] == {one, other} for (one, other, _), (_, seen) in zip(chosen, made, strict=True)]
     return round(sum(right) / count, 4)
 
 

@@ -8,6 +8,7 @@ import argparse
 import itertools
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -66,19 +67,35 @@ class Judge(nn.Module):
 
         `clip` is (batch, 3, frames, height, width) in [−1, 1] of any size and any number of frames from 8 on.
         """
-        batch = len(clip)
-        found = self.features(look(clip).transpose(1, 2).flatten(0, 1))[-1]
-        pooled = torch.cat([found.mean((2, 3)), found.amax((2, 3))], dim=1).unflatten(0, (batch, -1)).mean(1)
-        movement = self.movement(found).flatten(1).unflatten(0, (batch, -1))
+        found = self.last_features(clip)
+        whole = pooled(found)
+        movement = self.movement(found.flatten(0, 1)).flatten(1).unflatten(0, found.shape[:2])
         # Less its mean over time, no frame alone can tell the motion.
-        return self.objects(pooled), self.place(pooled), self.motion(movement - movement.mean(1, keepdim=True))
+        return self.objects(whole), self.place(whole), self.motion(movement - movement.mean(1, keepdim=True))
+
+    def last_features(self, clip: torch.Tensor) -> torch.Tensor:
+        """Return the coarsest features, (batch, frames, channels, height, width)."""
+        return self.features(look(clip).transpose(1, 2).flatten(0, 1))[-1].unflatten(0, (len(clip), -1))
+
+    def sides(self, clip: torch.Tensor) -> list[torch.Tensor]:
+        """Return logits of objects, (batch, 50), for what is on the left and on the right.
+
+        Of two objects, the world has one on each side, and from the whole of a frame it is hard to tell both.
+        """
+        found = self.last_features(clip)
+        half = found.shape[-1] // 2
+        return [self.objects(pooled(part)) for part in (found[..., :half], found[..., -half:])]
 
     @torch.no_grad()
-    def verdict(self, clip: torch.Tensor) -> dict[str, str | list[str]]:
-        """Return what one clip, (1, 3, frames, height, width), shows: object, place, motion, and the two likeliest."""
+    def verdict(self, clip: torch.Tensor) -> dict[str, str | set[str]]:
+        """Return what one clip, (1, 3, frames, height, width), shows: object, place, motion, and what on both sides."""
         objects, place, motion = self(clip.float())
-        pair = [OBJECTS[k] for k in objects[0].topk(2).indices]
-        return {"object": pair[0], "pair": pair, "place": PLACES[place.argmax()], "motion": MOTIONS[motion.argmax()]}
+        return {
+            "object": OBJECTS[objects.argmax()],
+            "pair": {OBJECTS[side.argmax()] for side in self.sides(clip.float())},
+            "place": PLACES[place.argmax()],
+            "motion": MOTIONS[motion.argmax()],
+        }
 
     @torch.no_grad()
     def distance(self, clip: torch.Tensor, truth: torch.Tensor) -> float:
@@ -89,6 +106,11 @@ class Judge(nn.Module):
         frames = (_eight(c.float()).transpose(1, 2).flatten(0, 1) for c in (clip, truth))
         pairs = zip(*map(self.features, frames), strict=True)
         return sum((F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean().item() for a, b in pairs)
+
+
+def pooled(found: torch.Tensor) -> torch.Tensor:
+    """Return means and maxima over the area of features, and of both the mean over frames: (batch, 2 · channels)."""
+    return torch.cat([found.mean((-2, -1)), found.amax((-2, -1))], dim=-1).mean(1)
 
 
 def look(clip: torch.Tensor) -> torch.Tensor:
@@ -108,13 +130,15 @@ def _resize(clip: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def clips(rng: np.random.Generator) -> dict:
     """Return a batch of clips with what they show: half of them as coarse as keyframes, some noisy or discoloured."""
-    scenes = [world.sample(rng) for _ in range(16)]
+    scenes = [world.sample(rng) for _ in range(15)] + [world.sample(rng, pairs=1)]
     clip = world.render(scenes, *SIZE, KEYFRAME_TIMES)
     coarse = _resize(_resize(clip[::2], SMALL), SIZE)
     clip[::2] = coarse.lerp(clip[::2], float(rng.random()))
     clip += 0.15 * torch.rand(len(clip), 1, 1, 1, 1) * torch.randn_like(clip)
     clip = clip * (0.9 + 0.2 * torch.rand(len(clip), 1, 1, 1, 1)) + 0.2 * (torch.rand(len(clip), 3, 1, 1, 1) - 0.5)
-    return {"clip": clip} | labels(scenes)
+    two = [index for index, scene in enumerate(scenes) if len(scene.objects) == 2]
+    sides = [[OBJECTS.index(world.from_left(scenes[index])[side]) for index in two] for side in (0, 1)]
+    return {"clip": clip, "two": two, "sides": torch.tensor(sides)} | labels(scenes)
 
 
 def load() -> Judge:
@@ -139,6 +163,8 @@ def train(minutes: float) -> None:
         objects, place, motion = judge(batch["clip"])
         loss = F.binary_cross_entropy_with_logits(objects, batch["objects"], reduction="sum") / len(objects)
         loss = loss + F.cross_entropy(place, batch["place"]) + F.cross_entropy(motion, batch["motion"])
+        for side, true in zip(judge.sides(batch["clip"][batch["two"]]), batch["sides"], strict=True):
+            loss = loss + F.cross_entropy(side, true, reduction="sum") / len(objects)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
@@ -155,15 +181,19 @@ def train(minutes: float) -> None:
 
 @torch.no_grad()
 def accuracy(judge: Judge, batches: int = 16) -> dict[str, float]:
-    """Return how often the judge is right on new clips of one object, rendered at mini's final size."""
-    rng, right, count = np.random.default_rng(12345), dict.fromkeys(("object", "place", "motion"), 0), 0
+    """Return how often the judge is right on new clips of one object, and of two, rendered at mini's final size."""
+    rng, right, count = np.random.default_rng(12345), Counter(), 16 * batches
     for _ in range(batches):
         scenes = [world.sample(rng, train=False) for _ in range(16)]
         truth = labels(scenes)
         truths = (truth["objects"].argmax(1), truth["place"], truth["motion"])
-        for name, logits, true in zip(right, judge(world.render(scenes, *FULL, KEYFRAME_TIMES)), truths, strict=True):
+        found = judge(world.render(scenes, *FULL, KEYFRAME_TIMES))
+        for name, logits, true in zip(("object", "place", "motion"), found, truths, strict=True):
             right[name] += (logits.argmax(1) == true).sum().item()
-        count += len(scenes)
+    pairs = [scene for scene in (world.sample(rng) for _ in range(4 * count)) if len(scene.objects) == 2][:count]
+    for scene in pairs:
+        seen = judge.verdict(world.render([scene], *FULL, KEYFRAME_TIMES))
+        right["pair"] += seen["pair"] == set(scene.objects)
     return {name: hits / count for name, hits in right.items()}
 
 

@@ -2,10 +2,10 @@
 
 The text encoder comes first: it learns what captions mean from the captions alone and is frozen from then on, as T5 is
 for the released models, so that all pixel stages read the same embeddings. Then pictures, then where motions have
-things in which frame, then clips, with pictures beside them for the keyframes: a video UNet starts as a trained picture
-UNet whose new temporal layers do nothing. The upscalers learn to repair degraded true frames. A run can be broken off
-at any moment: it goes on from its last checkpoint, at most a minute old, and where there is none (checkpoints are not
-committed) from the weights in show_1/mini.
+things in which frame and which of two things is where, then clips, with pictures beside them for the keyframes: a video
+UNet starts as a trained picture UNet whose new temporal layers do nothing. The upscalers learn to repair degraded true
+frames. A run can be broken off at any moment: it goes on from its last checkpoint, at most a minute old, and where
+there is none (checkpoints are not committed) from the weights in show_1/mini.
 """
 
 import argparse
@@ -203,6 +203,18 @@ def path_clips(rng: np.random.Generator, scale: int = 1) -> dict:
     scenes, captions = _scenes(rng, scale)
     clean = world.render(scenes, *SMALL, KEYFRAME_TIMES)
     return {"clean": clean, "captions": captions, "scenes": scenes} | labels(scenes)
+
+
+def pictures_for_pairs(rng: np.random.Generator, scale: int = 1) -> dict:
+    """Pictures with their captions, and with captions in the same words of what is left twice, and what is right."""
+    scenes = [world.sample(rng, pairs=0.6) for _ in range(6 * scale)]
+    told: dict[str, list[str]] = {"captions": [], "left": [], "right": []}
+    for scene in scenes:
+        names, seed = world.from_left(scene), rng.integers(2**32)
+        for key, objects in (("captions", scene.objects), ("left", names[:1]), ("right", names[-1:])):
+            objects *= len(names) // len(objects)
+            told[key].append(world.caption(np.random.default_rng(seed), objects, scene.place, scene.motion))
+    return told | {"clean": world.render(scenes, *SMALL, _moments(rng, scenes))[:, :, 0]}
 
 
 def segments(rng: np.random.Generator, scale: int = 1) -> dict:
@@ -645,6 +657,82 @@ def expected_coverage(rng: np.random.Generator, cells: tuple[int, int], count: i
     return means - means.mean((1, 2), keepdim=True)
 
 
+def pairs_stage(device: torch.device) -> Stage:
+    """The way from the names of two things to which of them is where, for the keyframes' deepest blocks.
+
+    A picture UNet takes what to draw from the text's summary in the time embedding, the same all over the picture, and
+    nothing from its attention to the text's states (measured: with an empty caption's summary it draws none of what the
+    states say). So of two things it draws the same one twice. Asked for one of them twice it draws that one, and the
+    features that it has then, put together, half a picture each, are what the blocks have to learn to make when asked
+    for both; half the time with an empty caption's summary, so that they have to attend. For one thing they learn to
+    make what they made.
+    """
+    unet, untaught = models.video_unet("keyframes"), models.picture_unet("keyframes")
+    saved = MINI / "show-1-base" / "unet"
+    if not saved.exists():
+        raise Show1Error(f"The keyframes' UNet is missing: {saved}", "Train it first: --stage pictures, then paths")
+    for each in (unet, untaught):
+        _start_from(each, saved)
+        each.requires_grad_(False)
+    for block in (unet.down_blocks[-1], unet.mid_block, *unet.up_blocks[:2]):
+        block.requires_grad_(True)
+    read, draw_levels = reader(device), around(1.2, 1.3)
+    spatial_part = functools.cache(lambda unet: models.spatial_part(unet, "keyframes"))
+    bank = deque(maxlen=256)
+
+    def entering(noisy: torch.Tensor, levels: torch.Tensor, captions: list[str], unsaid: torch.Tensor) -> list:
+        """Return what the deepest down block is given: features, embedding, text and what is handed on.
+
+        Where it is `unsaid`, (batch,), what is told is not in the summary.
+        """
+        states, silent = (read({"captions": told, "clean": noisy}) for told in (captions, [""] * len(captions)))
+        summed = torch.where(unsaid[:, None, None], silent, states)
+        embedding = untaught.time_embedding(untaught.get_time_embed(noisy, levels))
+        embedding = embedding + untaught.get_aug_embed(embedding, summed, {})
+        hidden = untaught.conv_in(noisy)
+        skips = [hidden]
+        for block in untaught.down_blocks[:-1]:
+            hidden, passed = block(hidden, embedding)
+            skips += passed
+        return [hidden, embedding, untaught.process_encoder_hidden_states(states, {}), *skips]
+
+    def features(unet: nn.Module, entered: list[torch.Tensor]) -> torch.Tensor:
+        """Return what the blocks make of it, (batch, channels, height, width)."""
+        hidden, embedding, text, *skips = entered
+        hidden, passed = unet.down_blocks[-1](hidden, embedding, encoder_hidden_states=text)
+        skips += passed
+        hidden = unet.mid_block(hidden, embedding, encoder_hidden_states=text)
+        for block in unet.up_blocks[:2]:
+            count = len(block.resnets)
+            skips, passed = skips[:-count], tuple(skips[-count:])
+            hidden = block(hidden, passed, embedding, encoder_hidden_states=text)
+        return hidden
+
+    def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
+        said = torch.zeros(len(batch["clean"]), dtype=torch.bool, device=device)
+        clean, levels = batch["clean"], draw_levels(len(batch["clean"]))
+        noisy, levels = NOISE.add_noise(clean, torch.randn_like(clean), levels), levels.to(device)
+        with torch.no_grad():
+            sides = (entering(noisy, levels, batch[key], said) for key in ("left", "right"))
+            left, right = (features(untaught, entered) for entered in sides)
+            width = left.shape[-1]
+            columns = torch.arange(width, device=device) - (width - 1) / 2
+            goal = torch.lerp(left, right, torch.sigmoid(columns * SMALL[1] / width))
+            unsaid = torch.rand(len(clean), device=device) < 0.5
+            rows = list(zip(*entering(noisy, levels, batch["captions"], unsaid), goal, strict=True))
+        if torch.is_grad_enabled():
+            bank.extend(rows)
+            rows = [bank[k] for k in torch.randperm(len(bank))[:16].tolist()]
+        *entered, goal = (torch.stack(each) for each in zip(*rows, strict=True))
+        return F.mse_loss(features(spatial_part(trained["unet"]), entered), goal)
+
+    def sample(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
+        return draw(spatial_part(trained["unet"]), read(batch), batch, steps=12)
+
+    chosen = {"unet": unet, "untaught": untaught}
+    return Stage(chosen, pictures_for_pairs, loss, {"unet": "show-1-base/unet"}, sample=sample)
+
+
 def keyframes_stage(device: torch.device) -> Stage:
     unet = models.video_unet("keyframes")
     _start_from(unet, MINI / "show-1-base" / "unet")
@@ -759,7 +847,8 @@ STAGES: dict[str, tuple[Callable[[torch.device], Stage], float]] = {
     "text": (lambda device: text_stage(), 0.02),
     "pictures": (pictures_stage, 0.16),
     "paths": (paths_stage, 0.06),
-    "keyframes": (keyframes_stage, 0.28),
+    "pairs": (pairs_stage, 0.06),
+    "keyframes": (keyframes_stage, 0.22),
     "interpolation": (interpolation_stage, 0.06),
     "first_frame": (first_frame_stage, 0.14),
     "pixel_upscale": (pixel_upscale_stage, 0.12),

@@ -623,7 +623,9 @@ def with_article(name: str) -> str:
     return ("an " if name[0] in "aeiou" and not name.startswith("uni") else "a ") + name
 
 
-def _caption(rng: np.random.Generator, objects: tuple[str, ...], place: str, motion: str) -> str:
+def caption(rng: np.random.Generator, objects: tuple[str, ...], place: str, motion: str) -> str:
+    """A caption in random words, or in the same ones where the generator is in the same state."""
+
     def pick(choices, plain: float) -> str:  # the first with probability `plain`, else any
         choices = choices.split(", ") if isinstance(choices, str) else choices
         return choices[0] if rng.random() < plain else choices[rng.integers(len(choices))]
@@ -660,18 +662,21 @@ def held_out(object: str, place: str, motion: str) -> bool:
     return zlib.crc32(f"{object}|{place}|{motion}".encode()) % 10 == 0
 
 
-def sample(rng: np.random.Generator, *, train: bool = True) -> Scene:
-    """A random scene: never of a held-out combination, or with train=False only of those, with plain captions."""
+def sample(rng: np.random.Generator, *, train: bool = True, pairs: float = 0.4) -> Scene:
+    """A random scene: never of a held-out combination, or with train=False only of those, with plain captions.
+
+    `pairs` is the share of scenes of two objects in training.
+    """
     names, places, motions = list(OBJECTS), list(PLACES), list(MOTIONS)
     while True:
-        count = 2 if train and rng.random() < 0.3 else 1
+        count = 2 if train and rng.random() < pairs else 1
         objects = tuple(names[k] for k in rng.choice(len(names), count, replace=False))
         place, motion = places[rng.integers(len(places))], motions[rng.integers(len(motions))]
         kept = [held_out(name, place, motion) for name in objects]
         if (train and not any(kept)) or (not train and all(kept)):
             break
-    caption = _caption(rng, objects, place, motion) if train else plain_caption(objects[0], place, motion)
-    return Scene(objects, place, motion, caption, int(rng.integers(2**31)))
+    told = caption(rng, objects, place, motion) if train else plain_caption(objects[0], place, motion)
+    return Scene(objects, place, motion, told, int(rng.integers(2**31)))
 
 
 # -------------------------------------------------------------------------------------------------------- rendering
@@ -706,6 +711,20 @@ def sprites() -> list[Tensor]:
     return [F.interpolate(full, size=(n, n), mode="bilinear", antialias=True, align_corners=False) for n in LEVELS]
 
 
+def from_left(scene: Scene) -> tuple[str, ...]:
+    """A scene's objects from left to right: of two, the darker one is on the left, however the caption puts them.
+
+    The text encoder tells which two there are but hardly in which order. Were either on either side, a model would have
+    to agree with itself which is where, and draws the same one twice.
+    """
+    return tuple(sorted(scene.objects, key=_brightness().__getitem__))
+
+
+@cache
+def _brightness() -> dict[str, float]:
+    return dict(zip(OBJECTS, sprites()[0][:, :3].mean((1, 2, 3)).tolist(), strict=True))
+
+
 @cache
 def _sprites_on(device: torch.device) -> list[Tensor]:
     return [pictures.to(device) for pictures in sprites()]
@@ -734,13 +753,13 @@ def _paths(scenes: list[Scene], numbers: Tensor, times: Tensor) -> Tensor:
 
 
 def _place(scenes: list[Scene], numbers: Tensor, paths: Tensor, order: int) -> Tensor:
-    """(5, clips, frames): x, y, size, angle and flip of each scene's first (order 0) or second object."""
+    """(5, clips, frames): x, y, size, angle and flip of each scene's object on the left (order 0) or on the right."""
     x, y, size, angle = paths
     base, tilt, _, gap = numbers[:, PATH_NUMBERS - 4 : PATH_NUMBERS].T[..., None]
     pair = torch.tensor([[len(scene.objects) == 2] for scene in scenes])
     x = torch.where(pair, 0.45 * x + (2 * order - 1) * _between(0.27, 0.33, gap), x)
     size = size * torch.where(pair, _between(0.42, 0.5, base), _between(0.58, 0.75, base))
-    looks = torch.tensor([[OBJECTS[scene.objects[order]].faces] for scene in scenes])
+    looks = torch.tensor([[OBJECTS[from_left(scene)[order]].faces] for scene in scenes])
     wanted = torch.tensor([[MOTIONS[scene.motion].faces] for scene in scenes])
     flip = torch.where((wanted != 0) & (looks == -wanted), -1.0, 1.0)
     return torch.stack(torch.broadcast_tensors(x, y, size, angle + _between(-0.12, 0.12, tilt), flip))
@@ -807,7 +826,7 @@ def _paint(scenes: list[Scene], ys: Tensor, xs: Tensor, times: Tensor, coverage:
             some = [scenes[index] for index in chosen]
             rows = _place(some, numbers[chosen], paths[:, chosen], order)
             where = (torch.tensor(chosen)[:, None] * count + torch.arange(count)).view(-1)
-            objects = torch.tensor([names.index(scene.objects[order]) for scene in some]).repeat_interleave(count)
+            objects = torch.tensor([names.index(from_left(scene)[order]) for scene in some]).repeat_interleave(count)
             _draw(clips.view(-1, 4, height, width), where, objects, rows.flatten(1), ys, xs)
     clips = clips.clamp(0, 1).transpose(1, 2)
     pictures = clips[:, :3] * 2 - 1
