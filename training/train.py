@@ -661,11 +661,11 @@ def pairs_stage(device: torch.device) -> Stage:
     """The way from the names of two things to which of them is where, for the keyframes' deepest blocks.
 
     A picture UNet takes what to draw from the text's summary in the time embedding, the same all over the picture, and
-    nothing from its attention to the text's states (measured: with an empty caption's summary it draws none of what the
-    states say). So of two things it draws the same one twice. Asked for one of them twice it draws that one, and the
-    features that it has then, put together, half a picture each, are what the blocks have to learn to make when asked
-    for both; half the time with an empty caption's summary, so that they have to attend. For one thing they learn to
-    make what they made.
+    hardly anything from its attention to the text's states (measured: with an empty caption's summary 1 thing of 24 was
+    right, with the summary alone 22). So of two things it draws the same one twice. Asked for one of them twice it
+    draws that one, and the features that it has then, put together, half a picture each, are what the blocks have to
+    learn to make when asked for both; half the time with an empty caption's summary, so that they have to attend. For
+    one thing they learn to make what they made.
     """
     unet, untaught = models.video_unet("keyframes"), models.picture_unet("keyframes")
     saved = MINI / "show-1-base" / "unet"
