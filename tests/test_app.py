@@ -28,7 +28,7 @@ from show_1 import video
 from tests.hub_server import Hub
 
 MAIN = "tiny"  # the cascade of the first test: "tiny" for speed, or "mini", the default of people without a GPU
-SIZES = {"tiny": (30, 26), "mini": (288, 160)}
+SIZES = {"tiny": (18, 14), "mini": (288, 160)}
 
 APP = Path(__file__).parents[1] / "app.py"
 STAGES = ["keyframes", "interpolation", "first frame", "pixel upscale", "latent upscale"]

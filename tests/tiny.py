@@ -100,10 +100,10 @@ steps = 2
 guidance = 7.0
 noise_level = 250
 
-[latent_upscale]  # 13 by 15 latents: neither size halves evenly
+[latent_upscale]  # 7 by 9 latents: neither size halves evenly
 model = "showlab/show-1-sr2"
-height = 26
-width = 30
+height = 14
+width = 18
 steps = 4
 strength = 0.8
 guidance = 15.0
