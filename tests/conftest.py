@@ -1,8 +1,12 @@
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, sync_playwright
+
+from tests.serving import CHROMIUM, CHROMIUM_FLAGS, MAIN, Server, serve
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the real hub
 
@@ -22,3 +26,27 @@ def one_step_cascade(tiny_cascade) -> Path:
     toml = re.sub(r"steps = \d+", "steps = 1", tiny_cascade.read_text()).replace("strength = 0.8", "strength = 1.0")
     file.write_text(toml)
     return file
+
+
+@pytest.fixture(scope="module")
+def app(one_step_cascade, tmp_path_factory) -> Iterator[Server]:
+    with serve(one_step_cascade, tmp_path_factory.mktemp("app")) as server:
+        yield server
+        assert "Traceback" not in server.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def main_app(request, tmp_path_factory) -> Iterator[Server]:
+    if MAIN == "tiny":
+        yield request.getfixturevalue("app")
+    else:
+        with serve(MAIN, tmp_path_factory.mktemp(MAIN)) as server:
+            yield server
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
