@@ -18,6 +18,7 @@ from show_1.models import UNet3DConditionModel
 
 TEXT_WIDTH = 128
 LATENT_TEXT_WIDTH = 64
+LATENT_CHANNELS = 12
 
 _PIXEL = {
     "act_fn": "gelu",
@@ -54,10 +55,10 @@ _LATENT = {
     "block_out_channels": [32, 32, 64],
     "cross_attention_dim": LATENT_TEXT_WIDTH,
     "down_block_types": ["DownBlock3D", "DownBlock3D", "CrossAttnDownBlock3D"],
-    "in_channels": 4,
+    "in_channels": LATENT_CHANNELS,
     "layers_per_block": 1,
     "mid_block_type": "UNetMidBlock3DCrossAttn",
-    "out_channels": 4,
+    "out_channels": LATENT_CHANNELS,
     "sample_size": 72,
     "transfromer_in_opt": False,
     "up_block_types": ["CrossAttnUpBlock3D", "UpBlock3D", "UpBlock3D"],
@@ -205,12 +206,12 @@ def latent_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def autoencoder() -> AutoencoderKL:
-    """Return a new autoencoder, four times smaller a side: at mini's sizes the usual eight would cost the detail."""
+    """Return a new autoencoder, four times smaller a side, of twelve channels: eight and four would cost detail."""
     return AutoencoderKL(
         block_out_channels=(32, 64, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4,
+        latent_channels=LATENT_CHANNELS,
         layers_per_block=1,
         norm_num_groups=16,
         sample_size=160,

@@ -57,8 +57,8 @@ class LatentUpscalePipeline(Stage):
         """Yield the last `int(steps · strength)` steps, and pauses while frames are encoded and decoded.
 
         Returns (prompts, 3, frames, height, width), about [−1, 1]; `clip` is (prompts, 3, frames, any height, any
-        width) in [−1, 1]. A step's sample is in latents, (prompts, 4, frames, height / 8, width / 8); `decode` shows
-        it.
+        width) in [−1, 1]. A step's sample is in latents, for Show-1 (prompts, 4, frames, height / 8, width / 8);
+        `decode` shows it.
         """
         scheduler = prepare(self.scheduler, steps, self._execution_device)
         timesteps = scheduler.timesteps[-int(steps * strength) :]
