@@ -432,15 +432,14 @@ class Jobs:
         try:
             if stage == "first_frame":
                 name = "first_frame.png"
-                part = self.place(job) / ".first_frame.png"
-                Image.fromarray(enlarge(frames)[0]).save(part)
-                os.replace(part, self.place(job) / name)
+                write_atomically(self.place(job) / name, _encoded(Image.fromarray(enlarge(frames)[0]), "PNG"))
             else:
                 name = f"{stage}.mp4"
                 video.write(self.place(job) / name, *clip_frames(stage, frames, job.cascade), {}, effort="ultrafast")
             job.clips[stage] = name
         except (Show1Error, OSError) as error:
-            job.notices.append(f"The clip of {stage.replace('_', ' ')} could not be kept: {error}")
+            why = f"{os.strerror(error.errno)}." if isinstance(error, OSError) else error
+            job.notices.append(f"The clip of {stage.replace('_', ' ')} could not be kept: {why}")
         with self._changed:
             self._note(job)
 
@@ -488,8 +487,7 @@ class Jobs:
                 frames = video.read_frames(result)
                 poster = Image.fromarray(frames[len(frames) // 2])
                 poster.thumbnail((480, 480))
-                poster.save(self.place(job) / ".poster.webp", quality=80)
-                os.replace(self.place(job) / ".poster.webp", self.place(job) / "poster.webp")
+                write_atomically(self.place(job) / "poster.webp", _encoded(poster, "WEBP"))
                 video.write_gif(self.place(job) / "video.gif", result)
         except (Show1Error, OSError) as error:
             log.warning("No GIF: %s", error)
@@ -549,7 +547,7 @@ class Jobs:
 
     def _save(self, job: Job) -> None:
         record = {key: getattr(job, key) for key in STORED}
-        write_atomically(self.place(job) / "job.json", json.dumps(record, indent=1))
+        write_atomically(self.place(job) / "job.json", json.dumps(record, indent=1).encode())
 
     def _save_safely(self, job: Job) -> None:
         try:
@@ -599,11 +597,15 @@ def preview(frames: np.ndarray) -> str:
     pictures = [
         Image.fromarray(frames[number]) for number in np.linspace(0, len(frames) - 1, count).round().astype(int)
     ]
+    first, *others = pictures
+    options = {"save_all": True, "append_images": others, "duration": 250, "loop": 0, "quality": 70, "method": 0}
+    return "data:image/webp;base64," + base64.b64encode(_encoded(first, "WEBP", **options)).decode()
+
+
+def _encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
     data = io.BytesIO()
-    pictures[0].save(
-        data, "WEBP", save_all=True, append_images=pictures[1:], duration=250, loop=0, quality=70, method=0
-    )
-    return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
+    picture.save(data, kind, **options)
+    return data.getvalue()
 
 
 def enlarge(frames: np.ndarray) -> np.ndarray:

@@ -116,7 +116,7 @@ class Calibration:
                 everything, before = {}, None
             known = {key: asdict(value) if isinstance(value, Cost) else value for key, value in self.known.items()}
             everything[self.device] = (before if isinstance(before, dict) else {}) | known
-            write_atomically(self.file, json.dumps(everything, indent=1))
+            write_atomically(self.file, json.dumps(everything, indent=1).encode())
 
     def _cost(self, cascade: Cascade, phase: str) -> Cost | None:
         """Return what a phase has cost; with guidance of another kind, or features reused otherwise, scaled to that."""
@@ -233,11 +233,14 @@ def wait_for(device: torch.device) -> None:
         getattr(torch, device.type).synchronize()
 
 
-def write_atomically(file: Path, text: str) -> None:
+def write_atomically(file: Path, content: bytes) -> None:
     """Write a file so that, whatever happens, either the old or the new one is there, whole."""
     part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
+    try:
+        part.write_bytes(content)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _short(cascade: Cascade) -> Cascade:

@@ -112,6 +112,38 @@ def test_a_job_outlives_its_page(app, browser):
     mine.close(), yours.close()
 
 
+NOTIFICATIONS = """
+    const Real = Notification;
+    window.told = [];
+    window.Notification = class extends Real {
+        constructor(title, options) {
+            if (window.refusing) throw new TypeError('Illegal constructor.');  // as Chrome does on Android
+            super(title, options);
+            told.push(options.body);
+        }
+    };
+"""
+
+
+@needs_chromium
+def test_a_notification_says_when_it_is_done(app, browser):
+    """To who has allowed it; a browser that has none for pages loses nothing but that."""
+    context = browser.new_context(permissions=["notifications"])
+    context.add_init_script(NOTIFICATIONS)
+    page = visit(context, app)
+    asking(page, "a panda", interpolation="900")
+    press(page, "Notify me")
+    page.wait_for_function("told.length === 1")
+    wait_for(page, "Stage 2 of 5")
+    press(page, "Stop here")
+    page.wait_for_function("told.length === 2")
+    assert page.evaluate("told[1]").endswith("\n✓ Done · a panda")
+    page.evaluate("refusing = true")
+    asking(page, "a cat")
+    expect(page).to_have_title("✓ Done · a cat")
+    context.close()
+
+
 @needs_chromium
 def test_stop_here_keeps_the_clip(app, browser):
     page = visit(browser, app)

@@ -1,6 +1,8 @@
 """Jobs on the tiny cascade, in the server's own thread, without a page."""
 
 import json
+import shutil
+import subprocess
 import threading
 import time
 from contextlib import contextmanager
@@ -316,6 +318,39 @@ def test_the_output_folder_may_go_and_come(tiny_cascade, tmp_path):
         jobs.cancel("me", job)
         until(lambda: job.ended)
         (tmp_path / "outputs").unlink()
+        second = jobs.submit("me", "a dog")
+        until(lambda: second.ended)
+        assert second.state == DONE, second.fault
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 24 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_ends_a_job_with_a_sentence_and_leaves_nothing_half_written(tiny_cascade, small_disk):
+    with jobs_in(small_disk, tiny_cascade) as jobs:
+        job = jobs.submit("me", "a cat", None, {"interpolation": {"steps": 30}})
+        until(lambda: job.stage == "interpolation")
+        until(lambda: "keyframes" in job.clips)
+        with (small_disk / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError, match="No space left"):
+            while True:
+                ballast.write(bytes(512))
+        until(lambda: job.ended)
+        assert job.state == FAILED and "No space left on device. Free some space there" in job.fault
+        assert any("first frame could not be kept: No space left on device." in notice for notice in job.notices)
+        with pytest.raises(Show1Error, match="No space left on device"):
+            jobs.submit("me", "a dog")
+        left = {file.name for file in small_disk.rglob("*") if file.is_file()}
+        assert left <= {"ballast", "calibration.json", "job.json", "keyframes.mp4"}
+        (small_disk / "ballast").unlink()
         second = jobs.submit("me", "a dog")
         until(lambda: second.ended)
         assert second.state == DONE, second.fault

@@ -9,9 +9,18 @@ const show1 = {
     },
 
     async askToNotify() {
-        if (!window.Notification) return alert('This browser shows no notifications here; the tab will tell.');
-        if (await Notification.requestPermission() === 'granted')
-            new Notification('Show-1', { body: 'This is how it will look.' });
+        const allowed = !window.Notification || await Notification.requestPermission() === 'granted';
+        if (allowed && !show1.notify('This is how it will look.'))
+            alert('This browser shows no notifications here; the tab will tell.');
+    },
+
+    // Whether the browser shows it: Chrome on Android has notifications, but not for pages.
+    notify(body) {
+        try {
+            return Boolean(new Notification('Show-1', { body }));
+        } catch {
+            return false;
+        }
     },
 
     // The tab's title, and the browser's own notice where it is allowed: only for a job that this page saw at work.
@@ -25,7 +34,7 @@ const show1 = {
         }
         const worked = ['running', 'waiting'].includes(show1.state) && show1.job() === show1.told;
         if (worked && ['done', 'stopped', 'failed'].includes(state) && window.Notification?.permission === 'granted')
-            new Notification('Show-1', { body: status.querySelector('[role=status]').textContent + '\n' + title });
+            show1.notify(status.querySelector('[role=status]').textContent + '\n' + title);
         show1.state = state;
         show1.told = show1.job();
     },
