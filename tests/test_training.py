@@ -135,6 +135,16 @@ def test_a_new_conditioned_unet_hands_its_condition_on(new, stage):
     assert (velocity + condition).square().mean() < 0.01 * condition.var()
 
 
+def test_upscalers_learn_from_true_keyframes_and_at_times_from_blends_between_them():
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    scenes, times = [world.sample(rng) for _ in range(16)], torch.arange(8).expand(16, 8) / 28
+    shown, true = train._half_blended(scenes, times), world.render(scenes, *train.SMALL, times)
+    errors = (shown - true).square().mean((1, 3, 4))  # (scenes, frames)
+    assert errors[:, [0, 4]].max() < 1e-6
+    assert 3 <= (errors[:, 2] > 1e-6).sum() <= 13
+
+
 def test_expected_coverage_moves_as_the_motions_say():
     """By the middle of where things are more often than at other times."""
     expected = train.expected_coverage(np.random.default_rng(0), (5, 8), count=6)

@@ -120,16 +120,19 @@ def start_from_condition(unet: UNet2DConditionModel) -> None:
     unet.conv_in.weight[range(used), [3, 4, 5, 0], 1, 1] = 1
 
     used = 14  # channels of the last layer: colour and noise, three times; the same again; noise and minus noise
+    beside = range(used + 1, width, 2)  # noise beside each channel that is left to learn in: what is small stays small
     changing = [last.conv_shortcut, last.conv2]
     if hasattr(unet.up_blocks[-1], "temp_convs"):
         changing.append(unet.up_blocks[-1].temp_convs[-1].conv4[-1])
     for layer in changing:
-        layer.weight[:used] = 0
-        layer.bias[:used] = 0
+        for channels in (slice(used), beside):
+            layer.weight[channels] = 0
+            layer.bias[channels] = 0
     handed_on = last.conv_shortcut.weight[:, -width:, 0, 0]
     handed_on[range(0, 12, 2), [0, 1, 2, 0, 1, 2]] = 1
     handed_on[range(1, 12, 2), 3] = strength
     handed_on[[12, 13], 3] = torch.tensor([strength, -strength])
+    handed_on[beside, 3] = strength
 
     unet.conv_norm_out.weight[:used] = torch.tensor([1.0] * 6 + [-1.0] * 6 + [1.0] * 2)
     unet.conv_norm_out.bias[:used] = 0

@@ -277,10 +277,20 @@ def _led(rng: np.random.Generator, batch: dict) -> dict:
     return batch | {"condition": torch.cat([lead, batch["condition"][:, :, 1:]], dim=2)}
 
 
+def _half_blended(scenes: list[world.Scene], times: torch.Tensor) -> torch.Tensor:
+    """Return small clips as interpolation may leave them: every other one, between keyframes, partly their blend."""
+    every = KEYFRAME_TIMES[1]
+    before = (times / every).floor().clamp(max=len(KEYFRAME_TIMES) - 2)
+    true, left, right = (world.render(scenes, *SMALL, t) for t in (times, before * every, (before + 1) * every))
+    blend = left.lerp(right, (times / every - before)[:, None, :, None, None])
+    share = torch.rand(len(scenes), 1, 1, 1, 1) * (torch.rand(len(scenes), 1, 1, 1, 1) < 0.5)
+    return true.lerp(blend, share.to(true))
+
+
 def _enlarged(scenes: list[world.Scene], times: torch.Tensor) -> tuple[dict, torch.Tensor]:
     """Return true clips with a small model's, enlarged and noised, as condition, and the noise's levels."""
     batch = _painted(scenes, MEDIUM, times)
-    small = degrade(world.render(scenes, *SMALL, times))
+    small = degrade(_half_blended(scenes, times))
     condition = F.interpolate(small, size=batch["clean"].shape[2:], mode="trilinear", align_corners=True)
     level = torch.randint(0, 100, (len(scenes),))
     return batch | {"condition": NOISE.add_noise(condition, torch.randn_like(condition), level)}, level
@@ -752,7 +762,7 @@ def keyframes_stage(device: torch.device) -> Stage:
 def interpolation_stage(device: torch.device) -> Stage:
     unet = models.video_unet("interpolation")
     _start_from(unet, MINI / "show-1-interpolation" / "unet")
-    return pixel_stage(unet, segments, "show-1-interpolation/unet", device, mostly(999))
+    return pixel_stage(unet, segments, "show-1-interpolation/unet", device, mostly(999), edge_weight=0.3)
 
 
 def first_frame_stage(device: torch.device) -> Stage:
@@ -885,6 +895,9 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
     two of them 1.1 times as fast as one (measured). A GPU would wait for a single process most of the time.
     """
     build, _ = STAGES[name]
+    if device.type == "cpu":
+        # Of so few numbers a head, attention's flash kernel takes twice as long backwards on a CPU as plain products.
+        torch.backends.cuda.enable_flash_sdp(False)
     torch.manual_seed(seed)
     stage = build(device)
     for model in stage.models.values():
