@@ -438,7 +438,7 @@ class Jobs:
                 video.write(self.place(job) / name, *clip_frames(stage, frames, job.cascade), {}, effort="ultrafast")
             job.clips[stage] = name
         except (Show1Error, OSError) as error:
-            why = f"{os.strerror(error.errno)}." if isinstance(error, OSError) else error
+            why = f"{error.strerror or error}." if isinstance(error, OSError) else error
             job.notices.append(f"The clip of {stage.replace('_', ' ')} could not be kept: {why}")
         with self._changed:
             self._note(job)
@@ -594,10 +594,8 @@ def preview(frames: np.ndarray) -> str:
     """Return (frames, height, width, 3) as a small moving picture, a data URL."""
     _, height, width, _ = frames.shape
     count = max(min(len(frames), 8, PREVIEW_PIXELS // (height * width)), 1)
-    pictures = [
-        Image.fromarray(frames[number]) for number in np.linspace(0, len(frames) - 1, count).round().astype(int)
-    ]
-    first, *others = pictures
+    chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
+    first, *others = (Image.fromarray(frames[number]) for number in chosen)
     options = {"save_all": True, "append_images": others, "duration": 250, "loop": 0, "quality": 70, "method": 0}
     return "data:image/webp;base64," + base64.b64encode(_encoded(first, "WEBP", **options)).decode()
 
