@@ -432,14 +432,14 @@ class Jobs:
         try:
             if stage == "first_frame":
                 name = "first_frame.png"
-                write_atomically(self.place(job) / name, _encoded(Image.fromarray(enlarge(frames)[0]), "PNG"))
+                with video.writing(self.place(job) / name):
+                    write_atomically(self.place(job) / name, _encoded(Image.fromarray(enlarge(frames)[0]), "PNG"))
             else:
                 name = f"{stage}.mp4"
                 video.write(self.place(job) / name, *clip_frames(stage, frames, job.cascade), {}, effort="ultrafast")
             job.clips[stage] = name
-        except (Show1Error, OSError) as error:
-            why = f"{error.strerror or error}." if isinstance(error, OSError) else error
-            job.notices.append(f"The clip of {stage.replace('_', ' ')} could not be kept: {why}")
+        except Show1Error as error:
+            job.notices.append(f"The clip of {stage.replace('_', ' ')} could not be kept: {error}")
         with self._changed:
             self._note(job)
 

@@ -70,7 +70,7 @@ def write(path: str | Path, frames: np.ndarray, fps: int, metadata: dict[str, An
         )
     # A hidden folder beside the result: on the same disk, so that the finished file can be moved into place in one go,
     # and taken away with all that is in it however this ends.
-    with _writing(path), tempfile.TemporaryDirectory(prefix=f".{PROGRAM}-", dir=path.parent) as scratch:
+    with writing(path), tempfile.TemporaryDirectory(prefix=f".{PROGRAM}-", dir=path.parent) as scratch:
         video, tags = Path(scratch, "video.mp4").absolute(), Path(scratch, "tags.txt").absolute()
         # A file, as the command line may be too short: 128 KiB an argument on Linux, 32 KiB in all on Windows.
         tags.write_text(_to_tags(metadata), encoding="utf-8", errors="replace", newline="\n")
@@ -130,7 +130,7 @@ def read_frames(path: str | Path) -> np.ndarray:
 def write_gif(path: str | Path, source: str | Path) -> None:
     """Write a video file as a GIF that loops; `path` appears only when it is complete."""
     path = Path(path)
-    with _writing(path), tempfile.TemporaryDirectory(prefix=f".{PROGRAM}-", dir=path.parent) as scratch:
+    with writing(path), tempfile.TemporaryDirectory(prefix=f".{PROGRAM}-", dir=path.parent) as scratch:
         gif = Path(scratch, "video.gif").absolute()
         ended = _run_ffmpeg(
             *("-f", "mp4", "-i", f"file:{Path(source).absolute()}"),
@@ -146,7 +146,7 @@ def check_writable(path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() != ".mp4":
         raise Show1Error(f'The output "{path}" does not end in .mp4.', "Give it a name like video.mp4.")
-    with _writing(path):
+    with writing(path):
         if path.is_dir():
             raise Show1Error(f"The output {path} is a folder.", "Give the name of a file in it, like video.mp4.")
         # Tried rather than asked: permissions, quotas, long names and ffmpeg's abilities all answer in the same way.
@@ -161,8 +161,8 @@ def slug(prompt: str) -> str:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Tell what the system has against writing a file there."""
+def writing(path: Path) -> Iterator[None]:
+    """Raise Show1Error for what the system has against writing a file there."""
     try:
         yield
     except OSError as error:

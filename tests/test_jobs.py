@@ -342,10 +342,10 @@ def test_a_full_disk_ends_a_job_with_a_sentence_and_leaves_nothing_half_written(
         until(lambda: "keyframes" in job.clips)
         with (small_disk / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError, match="No space left"):
             while True:
-                ballast.write(bytes(512))
+                ballast.write(bytes(4096))
         until(lambda: job.ended)
         assert job.state == FAILED and "No space left on device. Free some space there" in job.fault
-        assert any("first frame could not be kept: No space left on device." in notice for notice in job.notices)
+        assert any("first_frame.png cannot be written" in notice for notice in job.notices), job.notices
         with pytest.raises(Show1Error, match="No space left on device"):
             jobs.submit("me", "a dog")
         left = {file.name for file in small_disk.rglob("*") if file.is_file()}

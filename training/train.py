@@ -257,14 +257,16 @@ def bicubic(clips: torch.Tensor, size: tuple[int, int], **options: bool) -> torc
 def enlarged_pictures(rng: np.random.Generator, scale: int = 1) -> dict:
     whole = rng.random() < 0.5
     scenes, captions = _scenes(rng, (2 if whole else 4) * scale)
-    batch, level = _enlarged(scenes, _moments(rng, scenes))
+    times = _moments(rng, scenes)
+    batch, level = _enlarged(scenes, times, world.render(scenes, *SMALL, times))
     batch = {key: value[:, :, 0] for key, value in batch.items()}
     return (batch if whole else _cut(rng, batch, 64)) | {"noise_level": level, "captions": captions}
 
 
 def enlarged_windows(rng: np.random.Generator, scale: int = 1) -> dict:
     scenes, captions = _scenes(rng, scale)
-    batch, level = _enlarged(scenes, _window(rng, scenes, 8))
+    times = _window(rng, scenes, 8)
+    batch, level = _enlarged(scenes, times, _half_blended(scenes, times))
     batch = _led(rng, batch)
     batch = batch if rng.random() < 0.3 else _cut(rng, batch, 64)
     return batch | {"noise_level": level, "captions": captions}
@@ -287,11 +289,10 @@ def _half_blended(scenes: list[world.Scene], times: torch.Tensor) -> torch.Tenso
     return true.lerp(blend, share.to(true))
 
 
-def _enlarged(scenes: list[world.Scene], times: torch.Tensor) -> tuple[dict, torch.Tensor]:
-    """Return true clips with a small model's, enlarged and noised, as condition, and the noise's levels."""
+def _enlarged(scenes: list[world.Scene], times: torch.Tensor, small: torch.Tensor) -> tuple[dict, torch.Tensor]:
+    """Return true clips with `small` ones, degraded, enlarged and noised, as condition, and the noise's levels."""
     batch = _painted(scenes, MEDIUM, times)
-    small = degrade(_half_blended(scenes, times))
-    condition = F.interpolate(small, size=batch["clean"].shape[2:], mode="trilinear", align_corners=True)
+    condition = F.interpolate(degrade(small), size=batch["clean"].shape[2:], mode="trilinear", align_corners=True)
     level = torch.randint(0, 100, (len(scenes),))
     return batch | {"condition": NOISE.add_noise(condition, torch.randn_like(condition), level)}, level
 
@@ -310,7 +311,7 @@ def full_windows(rng: np.random.Generator, scale: int = 1, *, enlarge: Callable[
     scenes, captions = _scenes(rng, (1 if whole else 2) * scale)
     times = _window(rng, scenes, 4)
     if rng.random() < 0.5:
-        batch, level = _enlarged(scenes, times)
+        batch, level = _enlarged(scenes, times, _half_blended(scenes, times))
         medium = enlarge(_led(rng, batch) | {"noise_level": level, "captions": captions})
     else:
         medium = degrade(world.render(scenes, *MEDIUM, times))
@@ -895,9 +896,6 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
     two of them 1.1 times as fast as one (measured). A GPU would wait for a single process most of the time.
     """
     build, _ = STAGES[name]
-    if device.type == "cpu":
-        # Of so few numbers a head, attention's flash kernel takes twice as long backwards on a CPU as plain products.
-        torch.backends.cuda.enable_flash_sdp(False)
     torch.manual_seed(seed)
     stage = build(device)
     for model in stage.models.values():
@@ -1105,6 +1103,9 @@ def _train(rank: int, meeting: tuple[str, int] | None, arguments: argparse.Names
     """Train the wanted stages as one of several processes that know each other by `meeting`, or alone."""
     if meeting is not None:
         join(meeting[0], rank, meeting[1])
+    if device.type == "cpu":
+        # Of so few numbers a head, attention's flash kernel takes longer backwards on a CPU than plain products.
+        torch.backends.cuda.enable_flash_sdp(False)
     for name, (_, share) in STAGES.items():
         if arguments.stage in ("all", name):
             share = share if arguments.stage == "all" else 1
