@@ -67,6 +67,9 @@ Pixels = Annotated[int, whole(2, 4096, "pixels")]
 EvenPixels = Annotated[int, whole(2, 4096, "pixels; H.264 stores colour for every second one", even=True)]
 Steps = Annotated[int, whole(1, 1000, "denoising steps")]
 Guidance = Annotated[float, real(0, 100, "weight of the prompt; 1 switches guidance off")]
+SharedNoise = Annotated[
+    float | None, real(0, 1, "share of the first noise's variance that all keyframes have in common")
+]
 NoiseLevel = Annotated[int, whole(0, 999, "timestep of the noise added to the condition")]
 # Above 0 would be the natural bound, but below 0.001 not even 1000 steps leave one to run.
 Strength = Annotated[float, real(0.001, 1, "share of the steps to run")]
@@ -98,6 +101,7 @@ class Keyframes:
     width: Pixels
     steps: Steps
     guidance: Guidance
+    shared_noise: SharedNoise = None
     guidance_interval: GuidanceInterval = None
     reuse: Reuse = None
 

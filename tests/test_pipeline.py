@@ -211,6 +211,26 @@ def test_guidance_one_is_no_guidance(pipeline):
     assert sizes == [1, 1, 2, 2]
 
 
+def test_keyframes_share_noise(pipeline):
+    text = pipeline.keyframes.encode([tiny.PROMPT, "a fox"])
+    settings = pipeline.cascade.stream_settings("keyframes") | {"steps": 1, "guidance": 1.0, "height": 16, "width": 24}
+    given = []
+    hook = pipeline.keyframes.unet.register_forward_pre_hook(
+        lambda _, args, kwargs: given.append(kwargs.get("sample", args[0] if args else None)), with_kwargs=True
+    )
+    try:
+        for share in (0.0, 0.5, 1.0):
+            pipeline.keyframes(text, **settings, seed=[3, 4], shared_noise=share)
+        pipeline.keyframes(pipeline.keyframes.encode("a fox"), **settings, seed=4, shared_noise=0.5)
+    finally:
+        hook.remove()
+    own, mixed, common, alone = given
+    assert torch.equal(common, common[:, :, :1].expand_as(common)) and not torch.equal(common[0], common[1])
+    torch.testing.assert_close(mixed, 0.5**0.5 * (own + common))  # the frames' own noise is drawn first, always
+    assert torch.equal(mixed[1:], alone)
+    assert mixed.std().item() == pytest.approx(1, abs=0.05)
+
+
 def test_a_stage_saves_and_loads_as_a_diffusers_pipeline(pipeline, result, tmp_path):
     pipeline.interpolation.save_pretrained(tmp_path)
     loaded = InterpolationPipeline.from_pretrained(tmp_path)

@@ -38,8 +38,10 @@ from torch import distributed, multiprocessing, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+from show_1.cascade import Cascade
 from show_1.errors import Show1Error, exit_code
 from show_1.models import channels_last
+from show_1.stages.denoise import share_noise
 from training import models, world
 
 MINI = Path(__file__).parents[1] / "show_1" / "mini"
@@ -48,6 +50,7 @@ LOG = Path(__file__).parent / "log.jsonl"
 
 KEYFRAME_TIMES = torch.arange(8) * 4 / 28
 SMALL, MEDIUM, FULL = (20, 32), (80, 128), (160, 288)  # height, width after each enlargement
+RATE = 1e-3  # of learning, at first
 TEXT_DROPPED = 0.1  # how often a caption is emptied, for classifier-free guidance
 
 GPU_SCALE = 8  # as many scenes a batch on a GPU, which would else wait for Python
@@ -337,6 +340,12 @@ def native_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
 
 
+def noise_like(clips: torch.Tensor, shared: float) -> torch.Tensor:
+    """Return noise for clips, (batch, channels, frames, height, width), or for pictures where nothing is shared."""
+    noise = torch.randn_like(clips)
+    return share_noise(noise, torch.randn_like(clips[:, :, :1]), shared) if shared else noise
+
+
 def velocity_loss(
     unet: nn.Module,
     states: torch.Tensor,
@@ -345,6 +354,7 @@ def velocity_loss(
     top: int = 1000,
     movement_weight: float = 0.0,
     edge_weight: float = 0.0,
+    shared_noise: float = 0.0,
     error_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Return the weighted squared error of the predicted velocity (arXiv 2202.00512) at levels below `top`.
@@ -364,7 +374,7 @@ def velocity_loss(
     alpha, sigma = (table[levels].view(shape).to(clean.device) for table in (ALPHA, SIGMA))
     levels = levels.to(clean.device)
     start = clean.lerp(batch["degraded"], (levels / top).view(shape)) if "degraded" in batch else clean
-    noisy = alpha * start + sigma * torch.randn_like(clean)
+    noisy = alpha * start + sigma * noise_like(clean, shared_noise)
     target = (alpha * noisy - clean) / sigma.clamp(min=0.02)
     model_input = torch.cat([noisy, batch["condition"]], dim=1) if "condition" in batch else noisy
     with torch.autocast(clean.device.type, torch.bfloat16, enabled=native_bfloat16(clean.device)):
@@ -385,11 +395,11 @@ def velocity_loss(
 
 
 @torch.no_grad()
-def draw(unet: nn.Module, states: torch.Tensor, batch: dict, steps: int) -> torch.Tensor:
+def draw(unet: nn.Module, states: torch.Tensor, batch: dict, steps: int, shared_noise: float = 0.0) -> torch.Tensor:
     """Return what the model draws, without guidance, for the text and condition of a batch: as its "clean"."""
     scheduler = models.scheduler(thresholding=False)
     scheduler.set_timesteps(steps, device=states.device)
-    sample = torch.randn_like(batch["clean"])
+    sample = noise_like(batch["clean"], shared_noise)
     for level in scheduler.timesteps:
         model_input = torch.cat([sample, batch["condition"]], dim=1) if "condition" in batch else sample
         options = {"encoder_hidden_states": states, "class_labels": batch.get("noise_level")}
@@ -558,7 +568,7 @@ def pixel_stage(
         return velocity_loss(trained["unet"], read(batch), batch, draw_levels, **weights)
 
     def sample(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
-        return draw(trained["unet"], read(batch), batch, steps)
+        return draw(trained["unet"], read(batch), batch, steps, weights.get("shared_noise", 0.0))
 
     return Stage({"unet": unet}, batches, loss, {"unet": folder}, sample=sample)
 
@@ -748,8 +758,9 @@ def keyframes_stage(device: torch.device) -> Stage:
     unet = models.video_unet("keyframes")
     _start_from(unet, MINI / "show-1-base" / "unet")
     # Where things are and go is decided in much noise: clips teach that, and pictures what things look like.
-    levels, folder = around(1.2, 1.3), "show-1-base/unet"
-    stage = pixel_stage(unet, keyframe_clips, folder, device, levels, steps=12, movement_weight=3)
+    levels, shared = around(1.0, 1.4), Cascade.load("mini").keyframes.shared_noise
+    weights = {"movement_weight": 3, "shared_noise": shared}
+    stage = pixel_stage(unet, keyframe_clips, "show-1-base/unet", device, levels, steps=12, **weights)
     read = reader(device)
     spatial_part = functools.cache(lambda unet: models.spatial_part(unet, "keyframes"))
 
@@ -888,7 +899,7 @@ def _start_from(model: nn.Module, *folders: Path) -> None:
 # --- The training loop ----------------------------------------------------------------------------------------------
 
 
-def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 0) -> None:
+def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 0, rate: float = RATE) -> None:
     """Train a stage until it has had `minutes` of training in all, saving its averaged weights under show_1/mini.
 
     Where it is one of several processes, they average their weights every few updates (post-local SGD, arXiv
@@ -940,7 +951,7 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (step + 1) / 50) * (1 - 0.95 * share)  # warm up, then fall
+            group["lr"] = rate * min(1, (step + 1) / 50) * (1 - 0.95 * share)  # warm up, then fall
         optimizer.step()
         step += 1
         _move_average(average, stage.models, min(0.998, step / (step + 10)))
@@ -1064,6 +1075,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, required=True, help="of training in all, shared out among the stages")
     parser.add_argument("--stage", default="all", help=f"all, or one of: {', '.join(STAGES)}")
+    parser.add_argument(
+        "--rate", type=float, default=RATE, help="of learning at first; less suits weights that are good already"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu or cuda")
     parser.add_argument("--processes", type=int, help="default: four on a GPU, one a core on a CPU")
@@ -1109,7 +1123,7 @@ def _train(rank: int, meeting: tuple[str, int] | None, arguments: argparse.Names
     for name, (_, share) in STAGES.items():
         if arguments.stage in ("all", name):
             share = share if arguments.stage == "all" else 1
-            run(name, arguments.minutes * share, arguments.seed, device, rank)
+            run(name, arguments.minutes * share, arguments.seed, device, rank, arguments.rate)
 
 
 if __name__ == "__main__":

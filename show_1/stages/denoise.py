@@ -59,6 +59,15 @@ class Stage(DiffusionPipeline):
         return torch.cat(rows).to(self._execution_device)
 
 
+def share_noise(own: torch.Tensor, common: torch.Tensor, share: float) -> torch.Tensor:
+    """Return normal noise, (batch, channels, frames, height, width), that is partly the same in all frames of a clip.
+
+    `own` is independent noise of that shape, `common` such noise of one frame a clip, and `share` in [0, 1] the part of
+    the variance that it has (the mixed noise model of arXiv 2305.10474).
+    """
+    return (1 - share) ** 0.5 * own + share**0.5 * common
+
+
 def seeded(seed: int | Sequence[int]) -> list[torch.Generator]:
     """Return a fresh generator for each seed."""
     return [torch.Generator().manual_seed(one) for one in ([seed] if isinstance(seed, int) else seed)]

@@ -8,7 +8,7 @@ from diffusers import SchedulerMixin
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from show_1.models import UNet3DConditionModel
-from show_1.stages.denoise import Stage, Step, denoise, prepare, seeded
+from show_1.stages.denoise import Stage, Step, denoise, prepare, seeded, share_noise
 from show_1.text import TextEmbeddings, encode_t5
 
 
@@ -42,15 +42,22 @@ class KeyframesPipeline(Stage):
         steps: int,
         guidance: float,
         seed: int | Sequence[int],
+        shared_noise: float = 0.0,
         **measures: Any,
     ) -> Generator[Step, None, torch.Tensor]:
         """Yield `steps` steps; return the keyframes, (prompts, 3, frames, height, width) in [−1, 1].
+
+        `shared_noise` is the share of the first noise's variance that all frames have in common: 0 for the released
+        model, and what another was trained with for that one.
 
         `measures` are those of `denoise` that trade exactness for speed, as in all stages.
         """
         scheduler = prepare(self.scheduler, steps, self._execution_device)
         generators = seeded(seed)
-        sample = self.noise((3, frames, height, width), generators) * scheduler.init_noise_sigma
+        noise = self.noise((3, frames, height, width), generators)
+        if shared_noise:
+            noise = share_noise(noise, self.noise((3, 1, height, width), generators), shared_noise)
+        sample = noise * scheduler.init_noise_sigma
         return (
             yield from denoise(
                 self.unet, scheduler, sample, text, guidance, generators=generators, rows=self.rows, **measures
