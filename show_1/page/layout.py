@@ -17,7 +17,7 @@ from show_1.pipeline import draw_seed
 from show_1.replay import differences, here, read
 
 # The page looks at a job when there is news of it, or after a pause; TICK lies between a look and the next waiting.
-TICK, PAUSE, IDLE_PAUSE = 0.2, 0.5, 0.8
+TICK, PAUSE = 0.2, 0.8
 TELL_ALL = 10  # seconds after which all is told anew, changed or not
 HERE = Path(__file__).parent
 FONTS = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # none from the web
@@ -106,8 +106,7 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
     async def wait_for_news(id: str, seen: dict) -> None:
         """Return when there is something to look at that should not wait, or after a while."""
         job, started = jobs.get(id), time.monotonic()
-        patience = PAUSE if (job and not job.ended) or jobs.engine.preparation else IDLE_PAUSE
-        while seen.get("news") == (id, _news(job)) and time.monotonic() - started < patience:
+        while seen.get("news") == (id, _news(job)) and time.monotonic() - started < PAUSE:
             await asyncio.sleep(0.05)
 
     async def look(id: str, visitor: str | None, seen: dict):
@@ -226,7 +225,10 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
         dropped.upload(restore, dropped, [dropped, prompt, seed, preset, *fields, told], **private)
 
         add_endpoint(jobs)
-    return page.queue(default_concurrency_limit=None)
+    page.queue(default_concurrency_limit=None)
+    # Gradio looks into its queue a thousand times a second, which takes from the models (6 % of a core, measured).
+    page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = 0.05
+    return page
 
 
 def _html(value: str = "", **settings: Any) -> gr.HTML:
