@@ -47,7 +47,7 @@ def _take(url: str, arguments: argparse.Namespace) -> None:
         page.get_by_label("Prompt", exact=True).press("Enter")
         page.locator("#status").get_by_text("Done in").wait_for(timeout=HOUR)
         page.get_by_role("link", name="Download GIF").wait_for()
-        page.wait_for_function("() => document.querySelector('#screen video')?.readyState >= 2")
+        page.wait_for_function("() => [...document.querySelectorAll('video')].every(v => v.readyState >= 2)")
         page.evaluate(
             "() => { const video = document.querySelector('#screen video'); video.pause(); video.currentTime = 1 }"
         )
