@@ -90,8 +90,9 @@ def _serve(arguments: argparse.Namespace) -> None:
     jobs.start(head_start=3)  # not before: loading would keep the page from answering
     if arguments.share and not page.share_url:
         notes.append(
-            f"**There is no public link: the tunnel could not be made.** The page works at {page.local_url} on the "
-            "computer that runs it; for others, start it with `--server-name 0.0.0.0`, or forward the port."
+            "<strong>There is no public link: the tunnel could not be made.</strong> The page works at "
+            f"{page.local_url} on the computer that runs it; for others, start it with "
+            "<code>--server-name 0.0.0.0</code>, or forward the port."
         )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what stops a service ends it as Ctrl-C does
     try:

@@ -95,6 +95,14 @@ def test_a_job_outlives_its_page(app, browser):
     wait_for_step(page, 2)
     page.reload()
     wait_for(page, "Stage 1 of 5")
+
+    # A dropped connection leaves the page as it was; it goes on by itself.
+    mine.set_offline(True)
+    page.wait_for_timeout(2000)
+    expect(page.get_by_test_id("toast-body")).to_have_count(0)
+    seen = step_of(page)
+    mine.set_offline(False)
+    wait_for_step(page, seen + 1)
     page.close()
 
     # In a new tab it is found without its id, in another browser with it; there it can be watched and no more.
@@ -110,6 +118,23 @@ def test_a_job_outlives_its_page(app, browser):
     wait_for(other, "Cancelled")
     expect(visit(yours, app, "/?job=nosuchjob").locator("#status")).to_contain_text("There is no such job here")
     mine.close(), yours.close()
+
+
+@needs_chromium
+def test_an_open_page_asks_for_no_frames(app, browser):
+    """Sixty a second would take from models on the same computer; see show_1/page/frames.py."""
+    context = browser.new_context()
+    context.add_init_script("""
+        const asked = requestAnimationFrame;
+        window.frames_asked = 0;
+        window.requestAnimationFrame = draw => { frames_asked++; return asked(draw); };
+    """)
+    page = visit(context, app)
+    page.wait_for_timeout(1000)  # what moves at first comes to rest
+    before = page.evaluate("frames_asked")
+    page.wait_for_timeout(1000)
+    assert page.evaluate("frames_asked") == before
+    context.close()
 
 
 NOTIFICATIONS = """

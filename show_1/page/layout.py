@@ -1,27 +1,28 @@
 """The page's layout and what its controls do."""
 
 import asyncio
-import math
 import secrets
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from show_1.errors import Show1Error
 from show_1.jobs import Job, Jobs
 from show_1.page import form, views
 from show_1.page.api import add_endpoint
+from show_1.page.frames import FewerFrames
 from show_1.pipeline import draw_seed
 from show_1.replay import differences, here, read
 
-# The page looks at a job when there is news of it, or after a pause; TICK lies between a look and the next waiting.
-TICK, PAUSE = 0.2, 0.8
-TELL_ALL = 10  # seconds after which all is told anew, changed or not
+PAUSE = 0.8  # seconds after which a page that looks is answered, news or not
 HERE = Path(__file__).parent
 FONTS = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # none from the web
 STYLE = {  # for `gr.Blocks.launch`
+    "app_kwargs": {"middleware": [Middleware(FewerFrames)]},
     "theme": gr.themes.Base(primary_hue="indigo", neutral_hue="zinc", **FONTS),
     # In the head, as Gradio would rewrite the selectors of what it takes as `css`.
     "head": f"<style>{(HERE / 'page.css').read_text()}</style><script>{(HERE / 'page.js').read_text()}</script>",
@@ -29,11 +30,11 @@ STYLE = {  # for `gr.Blocks.launch`
 
 # The address of the page says which job it shows. So a reload, the back button and another browser all find it.
 WITH_JOB = "(job, ...others) => [show1.job(), ...others]"
-GO_TO_JOB = "job => show1.goTo(job)"
+GO_TO_JOB = "(job, visitor) => show1.goTo(job, visitor)"
 
 
 def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
-    """Return the page; `notes` are sentences for its top, which may come later."""
+    """Return the page; `notes` are sentences in HTML for its top, which may come later."""
     names = [(preset.name, name) for name, preset in jobs.presets.items()]
     default = names[0][1]
 
@@ -103,31 +104,27 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
         at_work = [job.id for job in jobs.of(visitor) if not job.ended]
         return visitor, "" if id else (at_work or [""])[-1]
 
-    async def wait_for_news(id: str, seen: dict) -> None:
-        """Return when there is something to look at that should not wait, or after a while."""
-        job, started = jobs.get(id), time.monotonic()
-        while seen.get("news") == (id, _news(job)) and time.monotonic() - started < PAUSE:
-            await asyncio.sleep(0.05)
+    async def look(asked: dict[str, Any]) -> dict[str, Any]:
+        """Tell a page what of it has changed, when there is news of its job or after a while; page.js asks.
 
-    async def look(id: str, visitor: str | None, seen: dict):
-        """Say what has changed since the last look; most of the page stays as it is."""
-        job, now = jobs.get(id), time.monotonic()
+        It says by marks what it has of each part, and gets a mark with each part that is another now.
+        """
+        id, visitor, marks = str(asked["job"]), str(asked["visitor"]), dict(asked["marks"])
+        job, started = jobs.get(id), time.monotonic()
+        while asked["news"] == _news(id, job) and time.monotonic() - started < PAUSE:
+            await asyncio.sleep(0.05)
         if job and not job.ended:
             jobs.watch(job)
-        new = views.view(jobs, id, job, visitor or "") | {"banner": {"value": "\n\n".join(notes)}}
-        if now - seen.get("all_told", -math.inf) > TELL_ALL:
-            seen.clear()  # an answer may have been lost with the connection
-            seen["all_told"] = now
-        told = [gr.skip() if seen.get(part) == new[part] else gr.update(**new[part]) for part in parts]
-        seen |= new | {"news": (id, _news(job))}
-        return told
+        news = _news(id, job)  # first: what comes while the parts are written will be news
+        parts = views.view(jobs, id, job, visitor) | {"banner": "".join(f"<p>{note}</p>" for note in notes)}
+        told = {part: (zlib.crc32(repr(content).encode()), content) for part, content in parts.items()}
+        return {"news": news, "parts": {part: new for part, new in told.items() if str(new[0]) != marks.get(part)}}
 
     with gr.Blocks(title="Show-1: text to video", delete_cache=(86_400, 86_400)) as page:
         _html(views.header(jobs.engine.cascade, jobs.engine.device), elem_id="header")
-        banner = gr.Markdown(elem_id="banner")
+        _part("banner", js_on_load="show1.begin(server)", server_functions=[look])
         visitor = gr.BrowserState(storage_key="show-1-visitor", secret="show-1")  # a fixed one outlives a restart
         shown, new_job = gr.Textbox(visible=False), gr.Textbox(visible=False)
-        seen = gr.State({})
         with gr.Row(elem_id="main"):
             with gr.Column(scale=2, min_width=320, elem_id="form"):
                 prompt = gr.Textbox(
@@ -158,18 +155,20 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
                     )
                     told = _html(elem_id="told")
             with gr.Column(scale=3, min_width=320, elem_id="job"):
-                screen = _html(elem_id="screen")
-                status = _html(elem_id="status")
-                progress = _html(elem_id="progress")
-                with gr.Row(visible=False, elem_classes="actions") as offer:
+                _part("screen")
+                _part("status")
+                _part("progress")
+                with gr.Row(elem_id="offer", elem_classes=["actions", "on-demand"]):
                     _html("<p class='note'>Mini, a small stand-in that comes with the program, runs meanwhile.</p>")
                     offer_button = gr.Button("Use Mini meanwhile", size="sm", min_width=140)
-                with gr.Row(visible=False, elem_classes="actions") as at_work:
-                    stop_button = gr.Button("Stop here", visible=False, size="sm", min_width=90)
+                with gr.Row(elem_id="at_work", elem_classes=["actions", "on-demand"]):
+                    stop_button = gr.Button(
+                        "Stop here", size="sm", min_width=90, elem_id="stop", elem_classes="on-demand"
+                    )
                     cancel_button = gr.Button("Cancel", variant="stop", size="sm", min_width=90)
                     notify_button = gr.Button("Notify me", size="sm", min_width=90)
-                downloads = _html(elem_id="downloads")
-                with gr.Column(visible=False, elem_id="ended") as ended:
+                _part("downloads")
+                with gr.Column(elem_id="ended", elem_classes="on-demand"):
                     with gr.Row(elem_classes="actions"):
                         again_button = gr.Button("Again with another seed", size="sm", min_width=150)
                         reuse_button = gr.Button("Edit these settings", size="sm", min_width=150)
@@ -178,33 +177,15 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
                             names, value=default, label="Preset for another try", container=False, min_width=150
                         )
                         again_with_button = gr.Button("Again with this preset", size="sm", min_width=150)
-                clips = _html(elem_id="clips")
-                settings = _html(elem_id="settings")
-        gallery = _html(elem_id="gallery")
+                _part("clips")
+                _part("settings")
+        _part("gallery")
 
         private = {"api_visibility": "private", "show_progress": "hidden"}
-        # Outside Gradio's queue nothing tells of an error: right for a look while the server is away, and for no more.
-        at_once = private | {"queue": False}
-        parts = {
-            "banner": banner,
-            "status": status,
-            "screen": screen,
-            "progress": progress,
-            "offer": offer,
-            "at_work": at_work,
-            "stop": stop_button,
-            "downloads": downloads,
-            "ended": ended,
-            "clips": clips,
-            "settings": settings,
-            "gallery": gallery,
-        }
-        on_look = {"inputs": [shown, visitor, seen], "outputs": list(parts.values()), "js": WITH_JOB} | at_once
+        at_once = private | {"queue": False}  # where errors are not told
         page.load(enter, [shown, visitor], [visitor, new_job], js=WITH_JOB, **at_once).then(
-            None, new_job, js=GO_TO_JOB, **private
-        ).then(look, **on_look)
-        # In two events, since what is an output of one that waits would be animated by Gradio all the while.
-        gr.Timer(TICK).tick(wait_for_news, [shown, seen], js=WITH_JOB, **at_once).then(look, **on_look)
+            None, [new_job, visitor], js=GO_TO_JOB, **private
+        )
         ways = [submit_button.click, prompt.submit, seed.submit, *(field.submit for field in fields)]
         for asked, act, inputs in (
             (ways, submit, [shown, visitor, prompt, seed, preset, *fields]),
@@ -212,8 +193,8 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
             ([again_with_button.click], again_with, [shown, visitor, other_preset]),
         ):
             gr.on(asked, act, inputs, [new_job, visitor], js=WITH_JOB, **private).success(
-                None, new_job, js=GO_TO_JOB, **private
-            ).then(look, **on_look)
+                None, [new_job, visitor], js=GO_TO_JOB, **private
+            )
         cancel_button.click(cancel, [shown, visitor], js=WITH_JOB, **private)
         stop_button.click(stop, [shown, visitor], js=WITH_JOB, **private)
         notify_button.click(None, js="() => show1.askToNotify()", **private)
@@ -235,9 +216,14 @@ def _html(value: str = "", **settings: Any) -> gr.HTML:
     return gr.HTML(value, apply_default_css=False, **settings)
 
 
-def _news(job: Job | None) -> tuple | None:
+def _part(name: str, **settings: Any) -> None:
+    """Make a place for a part of the page that `views.view` writes, empty at first."""
+    _html('<div class="part"></div>', elem_id=name, **settings)
+
+
+def _news(id: str, job: Job | None) -> list:
     """Return what a visitor wants to hear of at once; steps and times are no news."""
-    return job and (job.state, job.stage, job.wish, len(job.clips), len(job.notices))
+    return [id, *((job.state, job.stage, job.wish, len(job.clips), len(job.notices)) if job else ())]
 
 
 def _new_visitor() -> str:

@@ -1,17 +1,47 @@
 // What the page does in the browser itself. The address says which job it shows: ?job=…
 
-// Gradio's first loader goes on asking for frames when it is gone, sixty a second while the page is open (6.31): a
-// fifteenth of a core (measured), which is the models' own where browser and server share one. Ten will do here.
-window.requestAnimationFrame = draw => setTimeout(() => draw(performance.now()), 100);
-window.cancelAnimationFrame = clearTimeout;
-
 const show1 = {
     job: () => new URLSearchParams(location.search).get('job') || '',
 
-    goTo(job) {
-        if (!job) return;
-        history.pushState(null, '', '?job=' + job);
-        document.querySelector('#screen').scrollIntoView({ behavior: 'smooth', block: 'nearest' });
+    goTo(job, visitor) {
+        show1.visitor = visitor;
+        if (job) {
+            history.pushState(null, '', '?job=' + job);
+            document.querySelector('#screen').scrollIntoView({ behavior: 'smooth', block: 'nearest' });
+        }
+        show1.look();
+    },
+
+    // Looks at the job again and again. The server answers when there is news, or after a pause.
+    async begin(server) {
+        const begun = show1.server;
+        show1.server = server;
+        while (!begun) {
+            if (!await show1.look(show1.news))
+                await new Promise(done => setTimeout(done, 1000));  // it is away: it may come back
+        }
+    },
+
+    // One look, past Gradio's events: the status of their outputs would cost more than all else here (measured).
+    // A part bears the mark of what it shows, so that only what is another has to be sent.
+    async look(news) {
+        const job = show1.job(), shown = [...document.querySelectorAll('[data-mark]')];
+        const marks = Object.fromEntries(shown.map(({ id, dataset }) => [id, dataset.mark]));
+        try {
+            const told = await show1.server.look({ job, visitor: show1.visitor || '', news: news || [], marks });
+            if (job !== show1.job()) return true;  // the page has gone on meanwhile
+            show1.news = told.news;
+            for (const [part, [mark, content]] of Object.entries(told.parts)) {
+                const place = document.getElementById(part);
+                if (typeof content === 'boolean') place.toggleAttribute('data-shown', content);
+                else place.querySelector('.part').innerHTML = content;
+                place.dataset.mark = mark;
+            }
+            show1.tell();
+            return true;
+        } catch {
+            return false;
+        }
     },
 
     async askToNotify() {
@@ -60,9 +90,6 @@ const show1 = {
     },
 };
 
-new MutationObserver(show1.tell).observe(document.documentElement, {
-    subtree: true, childList: true, attributes: true, attributeFilter: ['data-title', 'data-state'],
-});
 document.addEventListener('click', event => {
     const { target } = event;
     const example = target.closest('[data-prompt]'), copy = target.closest('[data-copy]');
@@ -72,6 +99,7 @@ document.addEventListener('click', event => {
     if (link && !event.ctrlKey && !event.metaKey && !event.shiftKey) {  // into view without a new page
         event.preventDefault();
         history.pushState(null, '', link.getAttribute('href'));
+        show1.look();
         window.scrollTo({ top: 0, behavior: 'smooth' });
     }
 });

@@ -1,7 +1,7 @@
 """What is shown: a job as HTML. All that came from people goes through `_text`.
 
-The page's parts are `gr.HTML` of a whole text each. Templates with values in them would be tempting, but Gradio
-evaluates what comes out as JavaScript: a prompt with `${…}` in it would be run.
+Gradio evaluates what a `gr.HTML` is given as a JavaScript template, so a prompt with `${…}` in it would be run. The
+parts that tell of jobs are put into the page by page.js instead.
 """
 
 import html
@@ -23,31 +23,26 @@ IN_GALLERY = 60  # the newest
 PLAY = '<svg viewBox="0 0 24 24" aria-hidden="true"><path d="M8 5.5v13l11-6.5z"/></svg>'
 
 
-def view(jobs: Jobs, id: str, job: Job | None, visitor: str) -> dict[str, dict[str, Any]]:
-    """Return the properties of each part of the page."""
+def view(jobs: Jobs, id: str, job: Job | None, visitor: str) -> dict[str, str | bool]:
+    """Return each part of the page as HTML, and of those that are Gradio's whether they are shown."""
     mine = job is not None and jobs.owns(visitor, job)
     result = jobs.result(job) if job else None
     working = job is not None and not job.ended
     preparation = jobs.engine.preparation
     offered = "mini" in jobs.presets and "mini" not in jobs.engine.presets and preparation is not None
     offered = offered and (job is None or (job.state == WAITING and jobs.engine_of(job) is jobs.engine))
-    texts = {
+    return {
         "status": _status(jobs, id, job),
         "screen": _screen(jobs, job, result),
         "progress": _progress(jobs, job),
         "downloads": _downloads(jobs, job, result),
         "clips": _clips(jobs, job),
         "settings": _settings(job) if result else "",
-        "gallery": _gallery(jobs, visitor, id),
-    }
-    visible = {
+        "gallery": _gallery(jobs, visitor, id) if visitor else "",
         "offer": offered and preparation.phase != "measuring",
         "at_work": working and mine,
         "stop": working and job.can_stop,
         "ended": job is not None and job.ended,
-    }
-    return {part: {"value": text, "visible": text != ""} for part, text in texts.items()} | {
-        part: {"visible": bool(seen)} for part, seen in visible.items()
     }
 
 
@@ -253,7 +248,7 @@ def _settings(job: Job) -> str:
 
 def _gallery(jobs: Jobs, visitor: str, id: str) -> str:
     cards = []
-    for job in jobs.of(visitor) if visitor else []:
+    for job in jobs.of(visitor):
         if len(cards) == IN_GALLERY:
             break
         result = jobs.result(job)
