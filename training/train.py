@@ -47,10 +47,12 @@ from training import models, world
 MINI = Path(__file__).parents[1] / "show_1" / "mini"
 RUNS = Path(__file__).parent / "runs"
 LOG = Path(__file__).parent / "log.jsonl"
+EVALUATION = Path(__file__).parent / "evaluation.json"
 
 KEYFRAME_TIMES = torch.arange(8) * 4 / 28
 SMALL, MEDIUM, FULL = (20, 32), (80, 128), (160, 288)  # height, width after each enlargement
 RATE = 1e-3  # of learning, at first
+HARD_MORE = 4.0  # times as many pictures more of an object that the evaluation never found
 TEXT_DROPPED = 0.1  # how often a caption is emptied, for classifier-free guidance
 
 GPU_SCALE = 8  # as many scenes a batch on a GPU, which would else wait for Python
@@ -112,8 +114,10 @@ def _part(many: dict, number: int) -> dict:
     return {key: part(value) for key, value in many.items()}
 
 
-def _scenes(rng: np.random.Generator, count: int) -> tuple[list[world.Scene], list[str]]:
-    scenes = [world.sample(rng) for _ in range(count)]
+def _scenes(
+    rng: np.random.Generator, count: int, chances: np.ndarray | None = None
+) -> tuple[list[world.Scene], list[str]]:
+    scenes = [world.sample(rng, chances=chances) for _ in range(count)]
     return scenes, ["" if rng.random() < TEXT_DROPPED else scene.caption for scene in scenes]
 
 
@@ -182,9 +186,9 @@ def _cut(rng: np.random.Generator, batch: dict, side: int) -> dict:
     return batch | {key: squares(batch[key]) for key in ("clean", "weight", "condition") if key in batch}
 
 
-def pictures(rng: np.random.Generator, scale: int = 1, count: int = 20) -> dict:
+def pictures(rng: np.random.Generator, scale: int = 1, count: int = 20, chances: np.ndarray | None = None) -> dict:
     """Whole frames: from squares of them the model learns to put the thing that is asked for into every square."""
-    scenes, captions = _scenes(rng, count * scale)
+    scenes, captions = _scenes(rng, count * scale, chances)
     times = _moments(rng, scenes)
     painted = {key: value[:, :, 0] for key, value in _painted(scenes, SMALL, times).items()}
     return painted | {"captions": captions}
@@ -198,7 +202,16 @@ def _moments(rng: np.random.Generator, scenes: list[world.Scene]) -> torch.Tenso
 def keyframe_clips(rng: np.random.Generator, scale: int = 1) -> dict:
     """A batch of clips, and of pictures: many more things are seen so in the time that clips alone would take."""
     scenes, captions = _scenes(rng, 4 * scale)
-    return _painted(scenes, SMALL, KEYFRAME_TIMES) | {"captions": captions, "pictures": pictures(rng, scale, 16)}
+    stills = pictures(rng, scale, 16, _chances())
+    return _painted(scenes, SMALL, KEYFRAME_TIMES) | {"captions": captions, "pictures": stills}
+
+
+@functools.cache
+def _chances() -> np.ndarray:
+    """Return how often each object is to be pictured, (objects,): the more the last evaluation missed it, the more."""
+    right = json.loads(EVALUATION.read_text())["objects"]
+    weights = np.array([1 + HARD_MORE * (1 - right[name]) for name in world.OBJECTS])
+    return weights / weights.sum()
 
 
 def path_clips(rng: np.random.Generator, scale: int = 1) -> dict:

@@ -662,15 +662,18 @@ def held_out(object: str, place: str, motion: str) -> bool:
     return zlib.crc32(f"{object}|{place}|{motion}".encode()) % 10 == 0
 
 
-def sample(rng: np.random.Generator, *, train: bool = True, pairs: float = 0.4) -> Scene:
+def sample(
+    rng: np.random.Generator, *, train: bool = True, pairs: float = 0.4, chances: np.ndarray | None = None
+) -> Scene:
     """A random scene: never of a held-out combination, or with train=False only of those, with plain captions.
 
-    `pairs` is the share of scenes of two objects in training.
+    `pairs` is the share of scenes of two objects in training; `chances`, (objects,) in all 1, are how likely each
+    object is, all alike by default.
     """
     names, places, motions = list(OBJECTS), list(PLACES), list(MOTIONS)
     while True:
         count = 2 if train and rng.random() < pairs else 1
-        objects = tuple(names[k] for k in rng.choice(len(names), count, replace=False))
+        objects = tuple(names[k] for k in rng.choice(len(names), count, replace=False, p=chances))
         place, motion = places[rng.integers(len(places))], motions[rng.integers(len(motions))]
         kept = [held_out(name, place, motion) for name in objects]
         if (train and not any(kept)) or (not train and all(kept)):
