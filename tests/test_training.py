@@ -145,6 +145,16 @@ def test_upscalers_learn_from_true_keyframes_and_at_times_from_blends_between_th
     assert 3 <= (errors[:, 2] > 1e-6).sum() <= 13
 
 
+def test_what_the_evaluation_missed_is_pictured_more_often(tmp_path, monkeypatch):
+    right = dict.fromkeys(world.OBJECTS, 1.0) | {"whale": 0.5, "monkey": 0.0}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"objects": right}))
+    monkeypatch.setattr(train, "EVALUATION", tmp_path / "evaluation.json")
+    chances = dict(zip(world.OBJECTS, train.picture_chances.__wrapped__(), strict=True))
+    assert sum(chances.values()) == pytest.approx(1)
+    assert chances["monkey"] == pytest.approx(5 * chances["cat"])
+    assert chances["whale"] == pytest.approx(3 * chances["cat"])
+
+
 def test_expected_coverage_moves_as_the_motions_say():
     """By the middle of where things are more often than at other times."""
     expected = train.expected_coverage(np.random.default_rng(0), (5, 8), count=6)

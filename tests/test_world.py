@@ -41,6 +41,14 @@ def test_the_other_samples_are_all_held_out_and_plainly_captioned():
         assert scene.caption == world.plain_caption(name, scene.place, scene.motion)
 
 
+def test_objects_come_up_as_often_as_they_are_given_chances():
+    chances = np.zeros(len(OBJECTS))
+    chances[[list(OBJECTS).index(name) for name in ("monkey", "whale", "train")]] = 0.6, 0.3, 0.1
+    names = [name for scene in _scenes(500, chances=chances) for name in scene.objects]
+    assert set(names) == {"monkey", "whale", "train"}
+    assert names.count("monkey") > names.count("whale") > names.count("train")
+
+
 def test_captions_name_the_objects_in_known_words():
     words = world.vocabulary()
     for scene in _scenes(2000):

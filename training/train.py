@@ -202,12 +202,12 @@ def _moments(rng: np.random.Generator, scenes: list[world.Scene]) -> torch.Tenso
 def keyframe_clips(rng: np.random.Generator, scale: int = 1) -> dict:
     """A batch of clips, and of pictures: many more things are seen so in the time that clips alone would take."""
     scenes, captions = _scenes(rng, 4 * scale)
-    stills = pictures(rng, scale, 16, _chances())
+    stills = pictures(rng, scale, 16, picture_chances())
     return _painted(scenes, SMALL, KEYFRAME_TIMES) | {"captions": captions, "pictures": stills}
 
 
 @functools.cache
-def _chances() -> np.ndarray:
+def picture_chances() -> np.ndarray:
     """Return how often each object is to be pictured, (objects,): the more the last evaluation missed it, the more."""
     right = json.loads(EVALUATION.read_text())["objects"]
     weights = np.array([1 + HARD_MORE * (1 - right[name]) for name in world.OBJECTS])
