@@ -388,11 +388,11 @@ def default_cascade(device: torch.device) -> str:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """Return float16 for a CUDA device, bfloat16 for a CPU that multiplies matrices in it (AMX), else float32."""
+    """Return float16 for a CUDA device, bfloat16 for a CPU that multiplies in it (AMX, AVX-512), else float32."""
     if device.type == "cuda":
         return torch.float16
-    amx = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
-    return torch.bfloat16 if amx else torch.float32
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return torch.bfloat16 if able.get("amx_bf16") or able.get("avx512_bf16") else torch.float32
 
 
 def check_device(device: str | torch.device | None) -> torch.device:

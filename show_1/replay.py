@@ -15,7 +15,16 @@ from show_1 import video
 from show_1.cascade import Cascade
 from show_1.errors import Show1Error, exit_code
 from show_1.jobs import clip_frames
-from show_1.pipeline import Clip, Show1Pipeline, StepDone, Video, check_device, check_request, versions
+from show_1.pipeline import (
+    Clip,
+    Show1Pipeline,
+    StepDone,
+    Video,
+    check_device,
+    check_request,
+    default_dtype,
+    versions,
+)
 
 
 def read(file: str | Path) -> dict[str, Any]:
@@ -30,7 +39,7 @@ def read(file: str | Path) -> dict[str, Any]:
 
 def here(cascade: Cascade, device: torch.device, pipeline: Show1Pipeline | None) -> dict[str, Any]:
     """Return what a video made here would tell; without the pipeline, not which weights."""
-    dtype = pipeline.keyframes.unet.dtype if pipeline else torch.float16 if device.type == "cuda" else torch.float32
+    dtype = pipeline.keyframes.unet.dtype if pipeline else default_dtype(device)
     return {
         "cascade": cascade.settings(),
         "device": device.type,

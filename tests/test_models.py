@@ -132,13 +132,14 @@ def test_channels_last_changes_nothing_but_the_layout(family):
 
 
 @torch.no_grad()
-def test_the_last_layers_do_not_round_to_half_precision():
-    unet = channels_last(_unet("pixel").bfloat16())
+@pytest.mark.parametrize(("dtype", "sums"), [(torch.float16, torch.float16), (torch.bfloat16, torch.float32)])
+def test_the_last_layers_do_not_round_to_half_precision(dtype, sums):
+    unet = channels_last(_unet("pixel").to(dtype))
     seen = []
     unet.conv_norm_out.register_forward_hook(lambda module, given, made: seen.extend((given[0], made)))
-    sample = unet(**_inputs(unet, torch.bfloat16)).sample
+    sample = unet(**_inputs(unet, dtype)).sample
     given, normed = seen
-    assert (given.dtype, normed.dtype, sample.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert (given.dtype, normed.dtype, sample.dtype) == (sums, torch.float32, torch.float32)
     norm, conv = unet.conv_norm_out, unet.conv_out
     expected = F.group_norm(given.double(), norm.num_groups, norm.weight.double(), norm.bias.double(), norm.eps)
     expected = F.conv2d(F.gelu(expected), conv.weight.double(), conv.bias.double(), padding=1)

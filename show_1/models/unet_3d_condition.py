@@ -8,6 +8,7 @@ arXiv 2309.15818, section 3, and the configurations of the showlab/show-1-* repo
 import inspect
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +38,9 @@ class TemporalConv(TemporalConvLayer):
     """
 
     def forward(self, hidden_states: torch.Tensor, num_frames: int) -> torch.Tensor:
-        """Return hidden states of the given shape, (batch·frames, channels, height, width)."""
+        """Return hidden states of the given shape, (batch·frames, channels, height, width), and dtype."""
         clip = hidden_states.unflatten(0, (-1, num_frames)).transpose(1, 2).flatten(3)
-        change = clip
+        change = clip.to(self.conv1[-1].weight.dtype)
         for *layers, convolution in (self.conv1, self.conv2, self.conv3, self.conv4):
             for layer in layers:
                 change = layer(change)
@@ -140,6 +141,8 @@ class UNet3DConditionModel(UNet2DConditionModel):
     """
 
     _supports_gradient_checkpointing = False
+    # The frames show what these round: in bfloat16 it was most of the error of mini's pixel upscale (measured).
+    _keep_in_fp32_modules: ClassVar = ["conv_norm_out", "conv_out"]
 
     def __init__(self, transfromer_in_opt: bool = False, **config):
         block_types = {
@@ -167,6 +170,8 @@ class UNet3DConditionModel(UNet2DConditionModel):
         With `output_loading_info` the caller gets the lists of such keys instead, and looks at them.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if kwargs.get("torch_dtype") == torch.float64:
+            model.double()  # with what diffusers would keep in float32 then too
         if output_loading_info:
             return model, info
         for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -222,7 +227,8 @@ class UNet3DConditionModel(UNet2DConditionModel):
         else:
             skips += self.down_blocks[0](hidden_states, temb, text, num_frames, resample=False)
         hidden_states = self.up_blocks[-1](deep, temb, text, num_frames, skips)[-1]
-        hidden_states = self.conv_out(self.conv_act(self.conv_norm_out(hidden_states)))
+        hidden_states = self.conv_norm_out(hidden_states.to(self.conv_norm_out.weight.dtype))
+        hidden_states = self.conv_out(self.conv_act(hidden_states))
         prediction = hidden_states.unflatten(0, (-1, num_frames)).transpose(1, 2)
         return UNet3DConditionOutput(prediction, deep) if return_dict else (prediction, deep)
 
