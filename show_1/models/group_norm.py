@@ -49,14 +49,15 @@ class GroupNorm(nn.GroupNorm):
         return ACTIVATIONS[activation](y) if activation else y
 
     def _suits_sums(self, x: torch.Tensor) -> bool:
-        if not (x.ndim == 4 and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)):
-            return False  # in half precision sums of squares would overflow
+        if x.ndim != 4 or x.device.type != "cpu":
+            return False
         if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
             return False
         return x.shape[2] * x.shape[3] < 1024 or torch.is_grad_enabled()
 
     def _from_sums(self, x: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
-        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
+        dtype = torch.promote_types(x.dtype, torch.float32)  # in half precision sums of squares would overflow
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2).to(dtype)
         size = pixels.shape[1] * (self.num_channels // self.num_groups)
         mean = self._by_group(pixels.sum(1)) / size
         variance = (self._by_group(pixels.square().sum(1)) / size - mean.square()).clamp(min=0)
@@ -64,9 +65,10 @@ class GroupNorm(nn.GroupNorm):
         offset = self.bias.unflatten(0, (self.num_groups, -1)) - mean * factor
         factor, offset = factor.flatten(1), offset.flatten(1)
         if scale is not None:
-            factor, offset = factor * (1 + scale), torch.addcmul(shift, offset, 1 + scale)
+            scale, shift = 1 + scale.to(dtype), shift.to(dtype)
+            factor, offset = factor * scale, torch.addcmul(shift, offset, scale)
         normalised = torch.addcmul(offset[:, None], pixels, factor[:, None])
-        return normalised.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        return normalised.to(x.dtype).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
     def _by_group(self, sums: torch.Tensor) -> torch.Tensor:
         return sums.unflatten(1, (self.num_groups, -1)).sum(-1, keepdim=True)

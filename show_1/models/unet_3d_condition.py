@@ -227,8 +227,8 @@ class UNet3DConditionModel(UNet2DConditionModel):
         else:
             skips += self.down_blocks[0](hidden_states, temb, text, num_frames, resample=False)
         hidden_states = self.up_blocks[-1](deep, temb, text, num_frames, skips)[-1]
-        hidden_states = self.conv_norm_out(hidden_states.to(self.conv_norm_out.weight.dtype))
-        hidden_states = self.conv_out(self.conv_act(hidden_states))
+        dtype = torch.promote_types(hidden_states.dtype, self.conv_norm_out.weight.dtype)
+        hidden_states = self.conv_out(self.conv_act(self.conv_norm_out(hidden_states.to(dtype))))
         prediction = hidden_states.unflatten(0, (-1, num_frames)).transpose(1, 2)
         return UNet3DConditionOutput(prediction, deep) if return_dict else (prediction, deep)
 
