@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D, TemporalConvLayer
 from safetensors.torch import load_file, save_file
 
-from show_1.models import UNet3DConditionModel, channels_last, frame_multiple, try_kernels
+from show_1.models import UNet3DConditionModel, attention, channels_last, frame_multiple, try_kernels
 from show_1.models.attention import FrameAttention
 from show_1.models.group_norm import ACTIVATIONS, GroupNorm
 from show_1.models.resnet import ResnetBlock
@@ -279,6 +279,19 @@ def test_frame_attention_is_diffusers(monkeypatch, variant, call, ours):
     monkeypatch.setattr(try_kernels, "attempt", lambda name, *args: taken.append(name) or _scaled_dot_product(*args))
     assert (attention(**call) - expected).abs().max() < 1e-12
     assert taken == ["short_attention"] * ours
+
+
+@pytest.mark.parametrize("at_once", [1, 3000, 2**20])
+@torch.no_grad()
+def test_frame_attention_on_a_cpu_is_diffusers_in_parts_of_any_size(monkeypatch, at_once):
+    monkeypatch.setattr(attention, "AT_ONCE", at_once)
+    taken, across = [], attention.attend_across
+    monkeypatch.setattr(attention, "attend_across", lambda *given: taken.append(1) or across(*given))
+    layer, tokens = _attention(), torch.randn(7, 5, 40, dtype=torch.float64)
+    expected = layer(tokens)
+    layer.set_processor(FrameAttention())
+    assert (layer(tokens) - expected).abs().max() < 1e-12 and taken
+    assert (layer.bfloat16()(tokens.bfloat16()) - expected).abs().max() < 0.03
 
 
 def test_frame_attention_is_the_temporal_transformers():

@@ -5,12 +5,15 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from show_1.models import try_kernels
 
+AT_ONCE = 2**20  # products: what a CPU's caches hold (measured with mini's shapes)
+
 
 class FrameAttention(AttnProcessor2_0):
-    """diffusers' processor, the same numbers; with a kernel of ours for short sequences of odd heads on a GPU.
+    """diffusers' processor, the same numbers; with a way of our own for short sequences of odd heads.
 
     The pixel family's temporal attention has 64 heads of 10 to 20 features over 5 or 8 frames, for every pixel. In half
-    precision PyTorch's fused kernels want multiples of 8 features, and what remains is batches of tiny matrix products.
+    precision PyTorch's fused kernels on a GPU want multiples of 8 features, and what remains is batches of tiny matrix
+    products. On a CPU its kernel takes one head of one pixel at a time, and longer in bfloat16 than in float32.
     """
 
     def __call__(
@@ -23,10 +26,8 @@ class FrameAttention(AttnProcessor2_0):
         **kwargs,
     ) -> torch.Tensor:
         """Return hidden states of the given shape, (sequences, frames, channels)."""
-        plain = encoder_hidden_states is None and attention_mask is None
-        if plain and try_kernels.suit(hidden_states) and _suits_kernel(attn, hidden_states):
-            query, key, value = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
-            change = try_kernels.attempt("short_attention", query, key, value, attn.heads)
+        if encoder_hidden_states is None and attention_mask is None and _is_short(attn, hidden_states):
+            change = _attend(attn, hidden_states)
             if change is not None:
                 for layer in attn.to_out:
                     change = layer(change)
@@ -35,8 +36,37 @@ class FrameAttention(AttnProcessor2_0):
         return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
 
 
-def _suits_kernel(attn: Attention, hidden_states: torch.Tensor) -> bool:
+def _is_short(attn: Attention, hidden_states: torch.Tensor) -> bool:
     if any((attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k)) or attn.inner_kv_dim != attn.inner_dim:
         return False
+    return hidden_states.ndim == 3 and hidden_states.shape[1] <= 16 and attn.inner_dim // attn.heads <= 64
+
+
+def _attend(attn: Attention, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    """Return what the heads make of it, (sequences, frames, channels); None where PyTorch's way is the better one."""
     features = attn.inner_dim // attn.heads
-    return hidden_states.ndim == 3 and hidden_states.shape[1] <= 16 and features <= 64 and features % 8 != 0
+    on_gpu = features % 8 != 0 and try_kernels.suit(hidden_states)
+    on_cpu = features <= 20 and hidden_states.device.type == "cpu" and not torch.is_grad_enabled()
+    if not on_gpu and not on_cpu:
+        return None
+    query, key, value = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
+    if on_gpu:
+        return try_kernels.attempt("short_attention", query, key, value, attn.heads)
+    return attend_across(query, key, value, attn.heads)
+
+
+def attend_across(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return each head's attention, (sequences, frames, channels) as all three are; in float32 at least.
+
+    For a pair of frames and a feature, all heads of many sequences are multiplied at once, side by side in memory.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    _, frames, channels = query.shape
+    rows, made = max(1, AT_ONCE // (frames**2 * channels)), []
+    for part in zip(*(each.split(rows) for each in (query, key, value)), strict=True):
+        # (frames, features, sequences · heads)
+        q, k, v = (each.unflatten(2, (heads, -1)).permute(1, 3, 0, 2).to(dtype).flatten(2) for each in part)
+        weights = ((q * q.shape[1] ** -0.5)[:, None] * k).sum(2).softmax(1)  # (frames, frames, sequences · heads)
+        change = (weights[:, :, None] * v).sum(1).unflatten(2, (-1, heads))
+        made.append(change.permute(2, 0, 3, 1).to(query.dtype).flatten(2))
+    return torch.cat(made)
