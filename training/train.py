@@ -210,7 +210,7 @@ def keyframe_clips(rng: np.random.Generator, scale: int = 1) -> dict:
 def picture_chances() -> np.ndarray:
     """Return how often each object is to be pictured, (objects,): the more the last evaluation missed it, the more."""
     right = json.loads(EVALUATION.read_text())["objects"]
-    weights = np.array([1 + HARD_MORE * (1 - right[name]) for name in world.OBJECTS])
+    weights = np.array([1 + HARD_MORE * (1 - right.get(name, 1)) for name in world.OBJECTS])
     return weights / weights.sum()
 
 
