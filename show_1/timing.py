@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,13 @@ class Cost:
 
 # Measured with mini on a CPU, in steps of its keyframes. They only bridge the time until this device's own are known.
 RELATIVE = {
-    "prompt": Cost(0, 0, 0.1),
+    "prompt": Cost(0, 0, 0.3),
     "keyframes": Cost(0, 1, 0),
-    "interpolation": Cost(0, 1.8, 0),
+    "interpolation": Cost(0, 1.7, 0),
     "first_frame": Cost(0, 0.4, 0),
-    "pixel_upscale": Cost(0, 2.5, 0),
-    "latent_upscale": Cost(4.7, 2.5, 12.5),
-    "file": Cost(0, 0, 1),
+    "pixel_upscale": Cost(0, 2.4, 0),
+    "latent_upscale": Cost(3, 2, 7.3),
+    "file": Cost(0, 0, 1.1),
 }
 
 
@@ -98,7 +98,10 @@ class Calibration:
         return all(_key(cascade, phase) in self.known for phase in PHASES)
 
     def learn(self, cascade: Cascade, phase: str, cost: Cost) -> None:
-        self.known[_key(cascade, phase)] = cost
+        """Take what a phase has cost into the mean of the last times: one video may be slow for reasons of its own."""
+        key = _key(cascade, phase)
+        before = self.known.get(key, cost)
+        self.known[key] = Cost(*((old + new) / 2 for old, new in zip(astuple(before), astuple(cost), strict=True)))
 
     def loading(self, cascade: Cascade) -> float | None:
         """Return the seconds that loading the models took the last time."""
