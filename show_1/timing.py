@@ -46,7 +46,7 @@ RELATIVE = {
     "interpolation": Cost(0, 1.7, 0),
     "first_frame": Cost(0, 0.4, 0),
     "pixel_upscale": Cost(0, 2.4, 0),
-    "latent_upscale": Cost(3, 2, 7.3),
+    "latent_upscale": Cost(3, 2.3, 8),
     "file": Cost(0, 0, 1.1),
 }
 
