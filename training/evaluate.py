@@ -213,7 +213,7 @@ def contact_sheet(results: list[tuple[np.ndarray, str]], columns: int = 3) -> Im
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--videos", type=int, default=132, help="how many, of one object each")
+    parser.add_argument("--videos", type=int, default=250, help="how many of one object each: five an object")
     parser.add_argument("--pairs", type=int, default=24, help="how many, of two objects each")
     parser.add_argument("--stages", type=int, default=12, help="how many true clips the stages are measured on")
     parser.add_argument("--guidance", default="1", metavar="A,B", help="scales to judge 66 keyframes with, or nothing")

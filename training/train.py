@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor, AttnProcessor
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -341,6 +342,15 @@ def full_windows(rng: np.random.Generator, scale: int = 1, *, enlarge: Callable[
 def around(middle: float, spread: float) -> Callable[[int], torch.Tensor]:
     """Return what draws noise levels, logit-normal (arXiv 2403.03206): most where shapes and paths are decided."""
     return lambda count: (1000 * torch.sigmoid(middle + spread * torch.randn(count))).long().clamp(0, 999)
+
+
+def of_sampler(steps: int) -> Callable[[int], torch.Tensor]:
+    """Return what draws the noise levels of a sampler of few steps, the first as often as all others together."""
+    scheduler = models.scheduler(thresholding=False)
+    scheduler.set_timesteps(steps)
+    chances = torch.ones(steps)
+    chances[0] = max(steps - 1, 1)
+    return lambda count: scheduler.timesteps[torch.multinomial(chances, count, replacement=True)]
 
 
 def mostly(level: int) -> Callable[[int], torch.Tensor]:
@@ -787,7 +797,10 @@ def keyframes_stage(device: torch.device) -> Stage:
 def interpolation_stage(device: torch.device) -> Stage:
     unet = models.video_unet("interpolation")
     _start_from(unet, MINI / "show-1-interpolation" / "unet")
-    return pixel_stage(unet, segments, "show-1-interpolation/unet", device, mostly(999), edge_weight=0.3)
+    steps = Cascade.load("mini").interpolation.steps
+    return pixel_stage(
+        unet, segments, "show-1-interpolation/unet", device, of_sampler(steps), steps=steps, edge_weight=0.3
+    )
 
 
 def first_frame_stage(device: torch.device) -> Stage:
@@ -926,6 +939,8 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
         model.to(device)
         if device.type == "cuda":
             channels_last(model)
+        else:
+            _attend_plainly(model)
     average = {key: copy.deepcopy(model).requires_grad_(False) for key, model in stage.models.items()}
     parameters = [parameter for model in stage.models.values() for parameter in model.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99))
@@ -1001,6 +1016,16 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
             break
     if distributed.is_initialized():
         distributed.barrier()  # the next stage starts from what has just been saved
+
+
+def _attend_plainly(model: nn.Module) -> None:
+    """Have a model's attention be plain matrix products.
+
+    Over a clip's few frames PyTorch's own takes, forth and back on a CPU, half of an interpolation's update (measured).
+    """
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.set_processor(AttnProcessor() if module.added_kv_proj_dim is None else AttnAddedKVProcessor())
 
 
 def join(address: str, rank: int, processes: int) -> None:
