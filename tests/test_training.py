@@ -145,6 +145,28 @@ def test_upscalers_learn_from_true_keyframes_and_at_times_from_blends_between_th
     assert 3 <= (errors[:, 2] > 1e-6).sum() <= 13
 
 
+def test_a_sampler_of_few_steps_is_trained_at_its_own_noise_levels():
+    torch.manual_seed(0)
+    levels, counts = train.of_sampler(3)(3000).unique(return_counts=True)
+    assert levels.tolist() == [333, 666, 999]  # where it looks, as the scheduler says
+    assert counts[2].item() == pytest.approx(1500, abs=150)
+    assert train.of_sampler(1)(5).tolist() == [999] * 5
+
+
+def test_plain_attention_gives_the_same_numbers():
+    """Training on a CPU goes without PyTorch's own; the temporal layers are made to do something here."""
+    torch.manual_seed(0)
+    unet = models.video_unet("interpolation").eval()
+    for parameter in unet.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    clip, text = torch.randn(1, 7, 5, 8, 16), torch.randn(1, 77, models.TEXT_WIDTH)
+    with torch.no_grad():
+        usual = unet(clip, torch.tensor(666), encoder_hidden_states=text).sample
+        train._attend_plainly(unet)
+        plain = unet(clip, torch.tensor(666), encoder_hidden_states=text).sample
+    torch.testing.assert_close(plain, usual, atol=1e-4, rtol=1e-3)
+
+
 def test_what_the_evaluation_missed_is_pictured_more_often(tmp_path, monkeypatch):
     right = dict.fromkeys(world.OBJECTS, 1.0) | {"whale": 0.5, "monkey": 0.0}
     (tmp_path / "evaluation.json").write_text(json.dumps({"objects": right}))
