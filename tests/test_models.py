@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D, TemporalConvLayer
+from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import load_file, save_file
 
 from show_1.models import UNet3DConditionModel, attention, channels_last, frame_multiple, try_kernels
 from show_1.models.attention import FrameAttention
 from show_1.models.group_norm import ACTIVATIONS, GroupNorm
-from show_1.models.resnet import ResnetBlock
+from show_1.models.resnet import ResnetBlock, UpsampleConv
 from show_1.models.unet_3d_condition import TemporalConv
 from tests import tiny
 
@@ -366,6 +367,24 @@ def test_resnet_block_is_diffusers(variant, batch, size):
         y = quick(x, temb)
     assert (y - expected).abs().max() < 1e-10
     assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+def test_upsampling_with_a_convolution_is_diffusers(bias):
+    torch.manual_seed(0)
+    models = torch.nn.ModuleList([Upsample2D(8, use_conv=True, out_channels=12, bias=bias), Upsample2D(8)]).double()
+    expected, quick = models, channels_last(copy.deepcopy(models))
+    assert [type(model) for model in quick] == [UpsampleConv, Upsample2D]  # without a convolution it stays as it is
+    x = torch.randn(3, 8, 5, 7, dtype=torch.float64).to(memory_format=torch.channels_last)
+    for sizes in ((), ((10, 14),), ((9, 13),)):
+        made = quick[0](x, *sizes)
+        assert (made - expected[0](x, *sizes)).abs().max() < 1e-12
+    assert quick[0](x).is_contiguous(memory_format=torch.channels_last)
+    halves = [model[0].bfloat16()(x.bfloat16()).double() for model in (quick, expected)]
+    exact = expected[0].double()(x.bfloat16().double())  # of the rounded weights
+    errors = [(half - exact).square().mean().sqrt() for half in halves]
+    assert errors[0] < 1.5 * errors[1]
 
 
 def test_strict_loading(tmp_path):

@@ -12,11 +12,12 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from show_1.models.attention import FrameAttention
 from show_1.models.group_norm import GroupNorm, activation_name
-from show_1.models.resnet import ResnetBlock
+from show_1.models.resnet import ResnetBlock, UpsampleConv
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -57,6 +58,8 @@ def channels_last(model: Model) -> Model:
         if type(module) is ResnetBlock2D:
             module.__class__ = ResnetBlock
             module.activation = activation_name(module.nonlinearity)
+        if type(module) is Upsample2D and _is_nearest_and_conv(module):
+            module.__class__ = UpsampleConv
         if isinstance(module, TransformerTemporalModel):
             for part in module.modules():
                 if isinstance(part, Attention) and type(part.processor) is AttnProcessor2_0:
@@ -65,3 +68,8 @@ def channels_last(model: Model) -> Model:
         if parameter.ndim == 4:  # the temporal convolutions' have five, and are not run as they lie
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return model
+
+
+def _is_nearest_and_conv(sampler: Upsample2D) -> bool:
+    conv = getattr(sampler, "conv", None)
+    return sampler.norm is None and sampler.interpolate and type(conv) is nn.Conv2d and conv.kernel_size == (3, 3)

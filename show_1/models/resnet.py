@@ -1,9 +1,12 @@
 """diffusers' ResNet block, with its norms, time embedding and activations in one pass over the memory each."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
+from torch import nn
 
 
 class ResnetBlock(ResnetBlock2D):
@@ -22,10 +25,11 @@ class ResnetBlock(ResnetBlock2D):
         hidden_states = self._act(self.norm1(hidden_states, self.activation))
         resample = self.downsample if self.upsample is None else self.upsample
         if isinstance(resample, Upsample2D):
-            shortcut, hidden_states = _upsample(shortcut), _upsample(hidden_states)
-        elif resample is not None:
-            shortcut, hidden_states = resample(shortcut), resample(hidden_states)
-        hidden_states = self.conv1(hidden_states)
+            shortcut, hidden_states = _upsample(shortcut), upsampled_conv(hidden_states, self.conv1)
+        else:
+            if resample is not None:
+                shortcut, hidden_states = resample(shortcut), resample(hidden_states)
+            hidden_states = self.conv1(hidden_states)
 
         scale = shift = None
         if self.time_emb_proj is not None:
@@ -47,6 +51,44 @@ class ResnetBlock(ResnetBlock2D):
 
     def _act(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states if self.activation else self.nonlinearity(hidden_states)
+
+
+class UpsampleConv(Upsample2D):
+    """diffusers' upsampler of nearest neighbours and a convolution, the same numbers from less work on a CPU."""
+
+    def forward(self, hidden_states: torch.Tensor, output_size: torch.Size | None = None) -> torch.Tensor:
+        """Return (batch, out_channels, height, width) at twice the size, or at `output_size`, (height, width)."""
+        doubled = tuple(2 * side for side in hidden_states.shape[2:])
+        if output_size is not None and tuple(output_size) != doubled:
+            return super().forward(hidden_states, output_size)
+        return upsampled_conv(hidden_states, self.conv)
+
+
+def upsampled_conv(x: torch.Tensor, conv: nn.Conv2d) -> torch.Tensor:
+    """Return what a convolution of 3×3 makes of `x`, (batch, channels, height, width), at twice the size.
+
+    Of three neighbours at twice the size, two are the same pixel of `x`. So on a CPU each of the four pixels that come
+    of one is a convolution of 2×2, whose weights are sums of the given ones: four ninths of the work, in half the time
+    (measured with mini's shapes). In half precision the sums are rounded once more.
+    """
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return conv(_upsample(x))
+    dtype, (rows, out, height, width) = conv.weight.dtype, (len(x), conv.out_channels, *x.shape[2:])
+    weight = conv.weight.to(torch.promote_types(dtype, torch.float32))
+    weight = torch.cat([phase for half in _halves(weight, 2) for phase in _halves(half, 3)]).to(dtype)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    bias = None if conv.bias is None else conv.bias.repeat(4)
+    made = torch.empty(rows, height, 2, width, 2, out, dtype=dtype)
+    phases = F.conv2d(x, weight, bias, padding=1).permute(0, 2, 3, 1).unflatten(3, (2, 2, out))
+    for down, right in itertools.product((0, 1), repeat=2):
+        made[:, :, down, :, right] = phases[:, down : down + height, right : right + width, down, right]
+    return made.view(rows, 2 * height, 2 * width, out).permute(0, 3, 1, 2)
+
+
+def _halves(weight: torch.Tensor, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what three weights along a side are to the first and to the second of two pixels of the same colour."""
+    first, middle, last = weight.unbind(side)
+    return torch.stack([first, middle + last], side), torch.stack([first + middle, last], side)
 
 
 def _upsample(x: torch.Tensor) -> torch.Tensor:
