@@ -6,6 +6,7 @@ device, and learned anew from every video; before the first one, from a short vi
 
 import dataclasses
 import json
+import math
 import os
 import tempfile
 import threading
@@ -169,11 +170,15 @@ class Forecast:
 
     def left(self, now: float) -> float | None:
         """Return the seconds left, or None while nothing is known."""
-        # A few steps weigh nothing against a calibration; where there is none they are all there is.
-        trust = 0.05 * self.total if self.calibrated else 0.0
+        seen, trust = self.last - self.paced_since, 0.0
+        if self.calibrated:
+            # A few steps weigh nothing against a calibration, nor does a pace as it varies by itself, by a third or so:
+            # it will be another soon (measured). One that is quite another is believed at once.
+            usual = math.exp(-((math.log(seen / self.expected) / 0.3) ** 2)) if seen > 0 and self.expected > 0 else 1.0
+            trust = (0.05 + 0.25 * usual) * self.total
         if self.expected + trust <= 0:
             return None
-        pace = (self.last - self.paced_since + trust) / (self.expected + trust)
+        pace = (seen + trust) / (self.expected + trust)
         rest = current = 0.0
         if self.phase:
             cost, ahead = self.costs[self.phase], self.steps[self.phase] - self.done

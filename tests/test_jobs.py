@@ -396,7 +396,7 @@ def simulate(cascade, real, costs, pace=1.0):
     return told, clock
 
 
-@pytest.mark.parametrize("pace", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("pace", [0.3, 0.7, 0.8, 1.0, 1.3, 3.0])
 def test_the_time_left_is_right_at_a_quarter_of_the_way_whatever_else_the_device_does(pace):
     cascade = Cascade.load("show-1")
     real = {stage: Cost(number, 0.1 * (number + 1) ** 2, 3) for number, stage in enumerate(STAGES)}
