@@ -172,8 +172,8 @@ class Forecast:
         """Return the seconds left, or None while nothing is known."""
         seen, trust = self.last - self.paced_since, 0.0
         if self.calibrated:
-            # A few steps weigh nothing against a calibration, nor does a pace as it varies by itself, by a third or so:
-            # it will be another soon (measured). One that is quite another is believed at once.
+            # A few steps weigh nothing against a calibration, and a pace near its own little: by itself it varies by
+            # a third within seconds (measured). One that is quite another is believed soon.
             usual = math.exp(-((math.log(seen / self.expected) / 0.3) ** 2)) if seen > 0 and self.expected > 0 else 1.0
             trust = (0.05 + 0.25 * usual) * self.total
         if self.expected + trust <= 0:
