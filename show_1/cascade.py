@@ -67,9 +67,7 @@ Pixels = Annotated[int, whole(2, 4096, "pixels")]
 EvenPixels = Annotated[int, whole(2, 4096, "pixels; H.264 stores colour for every second one", even=True)]
 Steps = Annotated[int, whole(1, 1000, "denoising steps")]
 Guidance = Annotated[float, real(0, 100, "weight of the prompt; 1 switches guidance off")]
-SharedNoise = Annotated[
-    float | None, real(0, 1, "share of the first noise's variance that all keyframes have in common")
-]
+SharedNoise = Annotated[float | None, real(0, 1, "share of the first noise's variance that all frames have in common")]
 NoiseLevel = Annotated[int, whole(0, 999, "timestep of the noise added to the condition")]
 # Above 0 would be the natural bound, but below 0.001 not even 1000 steps leave one to run.
 Strength = Annotated[float, real(0.001, 1, "share of the steps to run")]
@@ -150,6 +148,7 @@ class PixelUpscale:
     guidance_interval: GuidanceInterval = None
     reuse: Reuse = None
     noise_level: NoiseLevel
+    shared_noise: SharedNoise = None
 
 
 @dataclass(frozen=True, kw_only=True)

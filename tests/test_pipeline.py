@@ -229,6 +229,22 @@ def test_keyframes_share_noise(pipeline):
     assert mixed.std().item() == pytest.approx(1, abs=0.05)
 
 
+def test_the_pixel_upscale_shares_noise(pipeline, result):
+    text, keyframes = pipeline.keyframes.encode(tiny.PROMPT), result.tensors["keyframes"]
+    settings = pipeline.cascade.stream_settings("pixel_upscale") | {"steps": 1, "guidance": 1.0}
+    first = torch.zeros(1, 3, *(4 * side for side in keyframes.shape[-2:]))
+    given = []
+    hook = pipeline.pixel_upscale.unet.register_forward_pre_hook(lambda _, args: given.append(args[0][:, :3]))
+    try:
+        for share in (0.0, 1.0):
+            pipeline.pixel_upscale(text, keyframes, first, **settings, seed=3, shared_noise=share)
+    finally:
+        hook.remove()
+    own, common = given
+    assert torch.equal(common, common[:, :, :1].expand_as(common))
+    assert not torch.allclose(own, own[:, :, :1].expand_as(own), atol=0.1)
+
+
 def test_a_stage_saves_and_loads_as_a_diffusers_pipeline(pipeline, result, tmp_path):
     pipeline.interpolation.save_pretrained(tmp_path)
     loaded = InterpolationPipeline.from_pretrained(tmp_path)

@@ -44,6 +44,7 @@ from show_1.errors import Show1Error, exit_code
 from show_1.models import channels_last
 from show_1.stages.denoise import share_noise
 from training import models, world
+from training.redraw import EVERY, Redrawn
 
 MINI = Path(__file__).parents[1] / "show_1" / "mini"
 RUNS = Path(__file__).parent / "runs"
@@ -61,6 +62,7 @@ GPU_BATCHES = 8  # painted at once there
 UPDATES_APART = 4  # that processes training together make by themselves before they average their weights
 PATH_STRENGTH = 8.0  # of what the deepest features are to say of where things are: twice as much did no better
 PIXEL_WEIGHT = 20.0  # of the latent upscale's error in decoded pixels, which are what is looked at
+REDRAWN = 0.7  # of an upscaler's batches, so many show what the stages before it draw, and the others true frames
 OBJECT_WEIGHT = 3.0  # an error on an object counts for so much more than one on the place behind it
 
 NOISE = models.image_noising_scheduler()  # one schedule for all: alpha and sigma of each of its 1000 levels
@@ -271,29 +273,59 @@ def bicubic(clips: torch.Tensor, size: tuple[int, int], **options: bool) -> torc
     return frames.unflatten(0, (len(clips), -1)).transpose(1, 2).clamp(-1, 1)
 
 
-def enlarged_pictures(rng: np.random.Generator, scale: int = 1) -> dict:
+def enlarged_pictures(rng: np.random.Generator, scale: int = 1, *, redrawn: Redrawn) -> dict:
+    """True frames with small ones as condition: keyframes as they are drawn, or true ones with faults."""
     whole = rng.random() < 0.5
-    scenes, captions = _scenes(rng, (2 if whole else 4) * scale)
-    times = _moments(rng, scenes)
-    batch, level = _enlarged(scenes, times, world.render(scenes, *SMALL, times))
+    count = (2 if whole else 4) * scale
+    if rng.random() < REDRAWN:
+        scenes, clips = redrawn(rng, count)
+        captions = [scene.caption for scene in scenes]
+        frames = EVERY * rng.integers(len(KEYFRAME_TIMES), size=count)
+        times = torch.from_numpy(frames[:, None] / 28).float()
+        small = torch.stack([clip[:, [frame]] for clip, frame in zip(clips, frames, strict=True)])
+    else:
+        scenes, captions = _scenes(rng, count)
+        times = _moments(rng, scenes)
+        small = degrade(world.render(scenes, *SMALL, times))
+    batch, level = _enlarged(scenes, times, small)
     batch = {key: value[:, :, 0] for key, value in batch.items()}
     return (batch if whole else _cut(rng, batch, 64)) | {"noise_level": level, "captions": captions}
 
 
-def enlarged_windows(rng: np.random.Generator, scale: int = 1) -> dict:
-    scenes, captions = _scenes(rng, scale)
-    times = _window(rng, scenes, 8)
-    batch, level = _enlarged(scenes, times, _half_blended(scenes, times))
-    batch = _led(rng, batch)
+def enlarged_windows(rng: np.random.Generator, scale: int = 1, *, redrawn: Redrawn, first_frame: "Upscale") -> dict:
+    """Windows of true clips with small ones as condition, as they are drawn or true ones with faults; and pictures."""
+    frames = int(rng.integers(3, 9))  # fewer frames leave time for more things
+    if rng.random() < REDRAWN:
+        scenes, times, small = _redrawn_windows(rng, scale, frames, redrawn)
+        captions = [scene.caption for scene in scenes]
+    else:
+        scenes, captions = _scenes(rng, scale)
+        times = _window(rng, scenes, frames)
+        small = degrade(_half_blended(scenes, times))
+    batch, level = _enlarged(scenes, times, small)
+    batch = _led(rng, batch | {"noise_level": level, "captions": captions}, first_frame)
     batch = batch if rng.random() < 0.3 else _cut(rng, batch, 64)
-    return batch | {"noise_level": level, "captions": captions}
+    return batch | {"pictures": enlarged_pictures(rng, scale, redrawn=redrawn)}
 
 
-def _led(rng: np.random.Generator, batch: dict) -> dict:
-    """Begin a window's condition with its sharp lead, at times with faults: in the chain it comes from a model."""
-    lead = batch["clean"][:, :, :1]
-    lead = degrade(lead) if rng.random() < 0.5 else lead
-    return batch | {"condition": torch.cat([lead, batch["condition"][:, :, 1:]], dim=2)}
+def _redrawn_windows(
+    rng: np.random.Generator, count: int, frames: int, redrawn: Redrawn
+) -> tuple[list[world.Scene], torch.Tensor, torch.Tensor]:
+    """Return scenes, the times of so many neighbouring frames of each, and what the small stages draw of them."""
+    scenes, clips = redrawn(rng, count)
+    times = _window(rng, scenes, frames)
+    starts = (28 * times[:, 0]).round().int().tolist()
+    return scenes, times, torch.stack([clip[:, at : at + frames] for clip, at in zip(clips, starts, strict=True)])
+
+
+def _led(rng: np.random.Generator, batch: dict, first_frame: "Upscale") -> dict:
+    """Begin a window's condition with its sharp lead: as the model draws it, the true one, or that with faults."""
+    lead, kind = batch["clean"][:, :, 0], rng.random()
+    if kind < 0.5:
+        lead = first_frame(batch | {key: batch[key][:, :, 0] for key in ("clean", "condition")})
+    elif kind < 0.75:
+        lead = degrade(lead[:, :, None])[:, :, 0]
+    return batch | {"condition": torch.cat([lead[:, :, None], batch["condition"][:, :, 1:]], dim=2)}
 
 
 def _half_blended(scenes: list[world.Scene], times: torch.Tensor) -> torch.Tensor:
@@ -307,10 +339,10 @@ def _half_blended(scenes: list[world.Scene], times: torch.Tensor) -> torch.Tenso
 
 
 def _enlarged(scenes: list[world.Scene], times: torch.Tensor, small: torch.Tensor) -> tuple[dict, torch.Tensor]:
-    """Return true clips with `small` ones, degraded, enlarged and noised, as condition, and the noise's levels."""
+    """Return true clips with `small` ones, enlarged and noised, as condition, and the noise's levels."""
     batch = _painted(scenes, MEDIUM, times)
-    condition = F.interpolate(degrade(small), size=batch["clean"].shape[2:], mode="trilinear", align_corners=True)
-    level = torch.randint(0, 100, (len(scenes),))
+    condition = F.interpolate(small, size=batch["clean"].shape[2:], mode="trilinear", align_corners=True)
+    level = torch.randint(0, 200, (len(scenes),))
     return batch | {"condition": NOISE.add_noise(condition, torch.randn_like(condition), level)}, level
 
 
@@ -322,15 +354,20 @@ def full_frames(rng: np.random.Generator, scale: int = 1) -> dict:
     return frames if whole else _cut(rng, frames, 96)
 
 
-def full_windows(rng: np.random.Generator, scale: int = 1, *, enlarge: Callable[[dict], torch.Tensor]) -> dict:
-    """Clips in full size, and as often as not what the stage before, `enlarge`, makes of small ones, as condition."""
+def full_windows(
+    rng: np.random.Generator, scale: int = 1, *, redrawn: Redrawn, first_frame: "Upscale", enlarge: "Upscale"
+) -> dict:
+    """Clips in full size, and as often as not what the stages before make of small ones, as condition."""
     whole = rng.random() < 0.3
-    scenes, captions = _scenes(rng, (1 if whole else 2) * scale)
-    times = _window(rng, scenes, 4)
+    count = (1 if whole else 2) * scale
     if rng.random() < 0.5:
-        batch, level = _enlarged(scenes, times, _half_blended(scenes, times))
-        medium = enlarge(_led(rng, batch) | {"noise_level": level, "captions": captions})
+        scenes, times, small = _redrawn_windows(rng, count, 4, redrawn)
+        captions = [scene.caption for scene in scenes]
+        batch, level = _enlarged(scenes, times, small)
+        medium = enlarge(_led(rng, batch | {"noise_level": level, "captions": captions}, first_frame))
     else:
+        scenes, captions = _scenes(rng, count)
+        times = _window(rng, scenes, 4)
         medium = degrade(world.render(scenes, *MEDIUM, times))
     batch = _painted(scenes, FULL, times) | {"condition": bicubic(medium, FULL, antialias=True)}
     return (batch if whole else _cut(rng, batch, 96)) | {"captions": captions}
@@ -345,12 +382,10 @@ def around(middle: float, spread: float) -> Callable[[int], torch.Tensor]:
 
 
 def of_sampler(steps: int) -> Callable[[int], torch.Tensor]:
-    """Return what draws the noise levels of a sampler of few steps, the first as often as all others together."""
+    """Return what draws the noise levels at which a sampler of few steps looks, one as often as another."""
     scheduler = models.scheduler(thresholding=False)
     scheduler.set_timesteps(steps)
-    chances = torch.ones(steps)
-    chances[0] = max(steps - 1, 1)
-    return lambda count: scheduler.timesteps[torch.multinomial(chances, count, replacement=True)]
+    return lambda count: scheduler.timesteps[torch.randint(steps, (count,))]
 
 
 def mostly(level: int) -> Callable[[int], torch.Tensor]:
@@ -784,12 +819,19 @@ def keyframes_stage(device: torch.device) -> Stage:
     levels, shared = around(1.0, 1.4), Cascade.load("mini").keyframes.shared_noise
     weights = {"movement_weight": 3, "shared_noise": shared}
     stage = pixel_stage(unet, keyframe_clips, "show-1-base/unet", device, levels, steps=12, **weights)
+    return with_pictures(stage, "keyframes", device, around(0.4, 1.2))
+
+
+def with_pictures(
+    stage: Stage, name: str, device: torch.device, draw_levels: Callable[[int], torch.Tensor], **weights: float
+) -> Stage:
+    """Train a video UNet's spatial layers on the "pictures" of each batch besides."""
     read = reader(device)
-    spatial_part = functools.cache(lambda unet: models.spatial_part(unet, "keyframes"))
+    spatial_part = functools.cache(lambda unet: models.spatial_part(unet, name))
 
     def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
         spatial, stills = spatial_part(trained["unet"]), batch["pictures"]
-        return stage.loss(trained, batch) + velocity_loss(spatial, read(stills), stills, around(0.4, 1.2))
+        return stage.loss(trained, batch) + velocity_loss(spatial, read(stills), stills, draw_levels, **weights)
 
     return dataclasses.replace(stage, loss=loss)
 
@@ -806,13 +848,20 @@ def interpolation_stage(device: torch.device) -> Stage:
 def first_frame_stage(device: torch.device) -> Stage:
     unet = models.picture_unet("pixel_upscale").to(memory_format=torch.channels_last)
     _start_from(unet, MINI / "IF-II-L" / "unet")
-    return pixel_stage(unet, enlarged_pictures, "IF-II-L/unet", device, mostly(999), edge_weight=0.3)
+    batches = functools.partial(enlarged_pictures, redrawn=_redrawn(device))
+    steps = Cascade.load("mini").first_frame.steps
+    return pixel_stage(unet, batches, "IF-II-L/unet", device, of_sampler(steps), steps, edge_weight=0.3)
 
 
 def pixel_upscale_stage(device: torch.device) -> Stage:
     unet = models.video_unet("pixel_upscale")
     _start_from(unet, MINI / "show-1-sr1" / "unet", MINI / "IF-II-L" / "unet")
-    return pixel_stage(unet, enlarged_windows, "show-1-sr1/unet", device, mostly(999), edge_weight=0.3)
+    make = functools.partial(enlarged_windows, redrawn=_redrawn(device), first_frame=Upscale(device, "first_frame"))
+    settings = Cascade.load("mini").pixel_upscale
+    levels, weights = of_sampler(settings.steps), {"edge_weight": 0.3}
+    shared = {"shared_noise": settings.shared_noise}
+    stage = pixel_stage(unet, make, "show-1-sr1/unet", device, levels, settings.steps, **weights, **shared)
+    return with_pictures(stage, "pixel_upscale", device, levels, **weights)
 
 
 def vae_stage(device: torch.device) -> Stage:
@@ -866,28 +915,44 @@ def latent_upscale_stage(device: torch.device) -> Stage:
 
     return Stage(
         trained,
-        functools.partial(full_windows, enlarge=PixelUpscale(device)),
+        functools.partial(
+            full_windows,
+            redrawn=_redrawn(device),
+            first_frame=Upscale(device, "first_frame"),
+            enlarge=Upscale(device, "pixel_upscale"),
+        ),
         loss,
         {"unet": "show-1-sr2/unet", "text_encoder": "show-1-sr2/text_encoder"},
     )
 
 
-class PixelUpscale:
-    """The trained pixel upscale, loaded where it is first used: on a CPU in the process that makes the batches."""
+class Upscale:
+    """A trained upscale in pixels, "first_frame" or "pixel_upscale", as the cascade runs it.
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    It is loaded where it is first used: on a CPU in the process that makes the batches.
+    """
+
+    def __init__(self, device: torch.device, stage: str):
+        self.device, self.stage, self.settings = device, stage, Cascade.load("mini").stream_settings(stage)
 
     @functools.cached_property
     def loaded(self) -> tuple[nn.Module, Callable[[dict], torch.Tensor]]:
-        unet = models.video_unet("pixel_upscale")
-        _start_from(unet, MINI / "show-1-sr1" / "unet", MINI / "IF-II-L" / "unet")
+        if self.stage == "first_frame":
+            unet, folder = models.picture_unet("pixel_upscale"), "IF-II-L"
+        else:
+            unet, folder = models.video_unet("pixel_upscale"), "show-1-sr1"
+        _start_from(unet, MINI / folder / "unet")
         return channels_last(unet.requires_grad_(False).to(self.device)), reader(self.device)
 
     def __call__(self, batch: dict) -> torch.Tensor:
         """Return what it makes of the batch's "condition", in the shape of its "clean"."""
         unet, read = self.loaded
-        return draw(unet, read(batch), batch, steps=1)
+        return draw(unet, read(batch), batch, self.settings["steps"], self.settings.get("shared_noise", 0.0))
+
+
+def _redrawn(device: torch.device) -> Redrawn:
+    dtype = torch.bfloat16 if native_bfloat16(device) else torch.float32
+    return Redrawn(MINI, device, dtype, picture_chances())
 
 
 # Name → how to build it and its share of the time, in order: each may start from what those before it have saved.

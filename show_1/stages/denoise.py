@@ -50,13 +50,18 @@ class Stage(DiffusionPipeline):
         """Run `stream` to its end and return its clip."""
         return finish(self.stream(*args, **kwargs))
 
-    def noise(self, shape: tuple[int, ...], generators: list[torch.Generator]) -> torch.Tensor:
+    def noise(self, shape: tuple[int, ...], generators: list[torch.Generator], shared: float = 0.0) -> torch.Tensor:
         """Draw standard normal noise, (generators, *shape), each row from its own generator.
 
-        It is drawn on the CPU in the model's dtype, so that every device sees the same.
+        It is drawn on the CPU in the model's dtype, so that every device sees the same. `shared` is the share of the
+        variance that all frames of a clip, (channels, frames, height, width), have in common.
         """
         rows = [torch.randn((1, *shape), generator=generator, dtype=self.dtype) for generator in generators]
-        return torch.cat(rows).to(self._execution_device)
+        noise = torch.cat(rows).to(self._execution_device)
+        if shared:
+            channels, _, height, width = shape
+            noise = share_noise(noise, self.noise((channels, 1, height, width), generators), shared)
+        return noise
 
 
 def share_noise(own: torch.Tensor, common: torch.Tensor, share: float) -> torch.Tensor:

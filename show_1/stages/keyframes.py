@@ -8,7 +8,7 @@ from diffusers import SchedulerMixin
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from show_1.models import UNet3DConditionModel
-from show_1.stages.denoise import Stage, Step, denoise, prepare, seeded, share_noise
+from show_1.stages.denoise import Stage, Step, denoise, prepare, seeded
 from show_1.text import TextEmbeddings, encode_t5
 
 
@@ -54,9 +54,7 @@ class KeyframesPipeline(Stage):
         """
         scheduler = prepare(self.scheduler, steps, self._execution_device)
         generators = seeded(seed)
-        noise = self.noise((3, frames, height, width), generators)
-        if shared_noise:
-            noise = share_noise(noise, self.noise((3, 1, height, width), generators), shared_noise)
+        noise = self.noise((3, frames, height, width), generators, shared_noise)
         sample = noise * scheduler.init_noise_sigma
         return (
             yield from denoise(

@@ -94,11 +94,13 @@ class PixelUpscalePipeline(Stage):
         guidance: float,
         noise_level: int,
         seed: int | Sequence[int],
+        shared_noise: float = 0.0,
         **measures: Any,
     ) -> Generator[Step, None, torch.Tensor]:
         """Yield `steps` steps a window; return (prompts, 3, frames, 4·height, 4·width) in [−1, 1].
 
         `clip` is (prompts, 3, frames, height, width) and `first_frame` (prompts, 3, 4·height, 4·width), in [−1, 1].
+        `shared_noise` is as in the keyframes.
         """
         windows, lead = [], first_frame
         for start in window_starts(clip.shape[2]):
@@ -106,7 +108,7 @@ class PixelUpscalePipeline(Stage):
             generators = seeded(seed)  # every window draws the same noise
             window = clip[:, :, start : start + WINDOW]
             enlarged = unfold(_enlarge(fold(window)), window.shape)
-            sample = self.noise(enlarged.shape[1:], generators) * scheduler.init_noise_sigma
+            sample = self.noise(enlarged.shape[1:], generators, shared_noise) * scheduler.init_noise_sigma
             noise = self.noise(enlarged.shape[1:], generators)
             condition = _add_noise(self.image_noising_scheduler, enlarged, noise, noise_level)
             condition[:, :, 0] = lead

@@ -1,0 +1,80 @@
+"""True clips as the cascade draws them, so that the upscalers learn to repair its own faults.
+
+A true clip gets so much noise that little but places and outlines is left of it, and from there the keyframes' model
+draws it anew (SDEdit, arXiv 2108.01073), with the faults in its details that it has in videos made from prompts.
+Interpolation draws the frames between. The true clip shows the same things at the same places, which is what an
+upscaler is to make of it.
+"""
+
+import functools
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from show_1.cascade import Cascade
+from show_1.loading import load_interpolation, load_keyframes
+from show_1.stages import InterpolationPipeline, KeyframesPipeline
+from show_1.stages.denoise import denoise, finish, prepare, share_noise
+from training import world
+
+TIMES = torch.arange(29) / 28  # of a clip's frames
+EVERY = 4  # frames from keyframe to keyframe
+NOISE_LEVELS = (350, 700)  # where the drawing starts: less leaves details, more moves things
+STEPS = 8  # of a whole sampling, of which the drawing takes what is left at its level
+KEPT = 64  # clips at hand
+FRESH = 0.05  # of the clips asked for: drawing one takes as long as some updates of an upscaler
+
+
+class Redrawn:
+    """Small clips drawn by the trained stages in `mini`, beside the scenes that they should show.
+
+    Each is used several times, in other parts. `chances`, (objects,), are those of each object to be in them.
+    """
+
+    def __init__(self, mini: Path, device: torch.device, dtype: torch.dtype, chances: np.ndarray):
+        self.mini, self.device, self.dtype, self.chances = mini, device, dtype, chances
+        self.kept: deque[tuple[world.Scene, torch.Tensor]] = deque(maxlen=KEPT)
+        self.rng: np.random.Generator | None = None
+
+    def __call__(self, rng: np.random.Generator, count: int) -> tuple[list[world.Scene], torch.Tensor]:
+        """Return `count` scenes and the clips drawn of them, (count, 3, 29, height, width)."""
+        if rng is not self.rng:  # as another begins with nothing, it always chooses the same
+            self.kept.clear()
+            self.rng = rng
+        fresh = rng.binomial(count, FRESH) if self.kept else count
+        if fresh:
+            scenes = [world.sample(rng, chances=self.chances) for _ in range(fresh)]
+            self.kept.extend(zip(scenes, self.draw(scenes, rng.integers(*NOISE_LEVELS)), strict=True))
+        chosen = [self.kept[k] for k in rng.integers(len(self.kept), size=count)]
+        return [scene for scene, _ in chosen], torch.stack([clip for _, clip in chosen])
+
+    @functools.cached_property
+    def stages(self) -> tuple[Cascade, KeyframesPipeline, InterpolationPipeline]:
+        """Loaded where they are first used: on a CPU in the process that makes the batches."""
+        cascade = Cascade.load("mini")
+        folders = {"keyframes": self.mini / "show-1-base", "interpolation": self.mini / "show-1-interpolation"}
+        keyframes, interpolation = (load(cascade, folders, self.dtype) for load in (load_keyframes, load_interpolation))
+        return cascade, keyframes.to(self.device), interpolation.to(self.device)
+
+    @torch.no_grad()
+    def draw(self, scenes: list[world.Scene], noise_level: int) -> torch.Tensor:
+        """Return scenes as the stages draw them from so noisy true keyframes on, (scenes, 3, 29, height, width)."""
+        cascade, keyframes, interpolation = self.stages
+        size = cascade.keyframes.height, cascade.keyframes.width
+        clean = world.render(scenes, *size, TIMES[::EVERY]).to(self.device)
+        noise = share_noise(torch.randn_like(clean), torch.randn_like(clean[:, :, :1]), cascade.keyframes.shared_noise)
+        scheduler = prepare(keyframes.scheduler, STEPS, self.device)
+        timesteps = scheduler.timesteps[scheduler.timesteps <= noise_level]
+        noisy = scheduler.add_noise(clean, noise, timesteps[:1].expand(len(clean)))
+        # In the world's plainest words, as a caption may leave out what the model would then draw otherwise.
+        captions = [world.plain_caption(" and a ".join(s.objects), s.place, s.motion) for s in scenes]
+        text = keyframes.encode(captions)
+        guidance = cascade.keyframes.guidance
+        drawn = finish(denoise(keyframes.unet, scheduler, noisy, text, guidance, timesteps=timesteps))
+        seeds = torch.randint(2**31, (len(scenes),)).tolist()
+        with torch.device("cpu"):  # where the stages draw their noise, whatever the default is here
+            return interpolation(
+                text, drawn.to(self.dtype), steps=cascade.interpolation.steps, guidance=1.0, seed=seeds
+            ).float()
