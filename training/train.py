@@ -3,9 +3,10 @@
 The text encoder comes first: it learns what captions mean from the captions alone and is frozen from then on, as T5 is
 for the released models, so that all pixel stages read the same embeddings. Then pictures, then where motions have
 things in which frame and which of two things is where, then clips, with pictures beside them for the keyframes: a video
-UNet starts as a trained picture UNet whose new temporal layers do nothing. The upscalers learn to repair degraded true
-frames. A run can be broken off at any moment: it goes on from its last checkpoint, at most a minute old, and where
-there is none (checkpoints are not committed) from the weights in show_1/mini.
+UNet starts as a trained picture UNet whose new temporal layers do nothing. The upscalers learn to repair true frames as
+the stages before them would draw them, or degraded. A run can be broken off at any moment: it goes on from its last
+checkpoint, at most a minute old, and where there is none (checkpoints are not committed) from the weights in
+show_1/mini.
 """
 
 import argparse
