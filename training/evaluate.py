@@ -31,11 +31,11 @@ from show_1.errors import exit_code
 from show_1.pipeline import check_device
 from show_1.stages.denoise import finish
 from training import judge, world
+from training.redraw import TIMES
 from training.train import FULL, MEDIUM, SMALL, bicubic, degrade
 
 ASPECTS = ("object", "place", "motion")
 CLIPS = ("keyframes", "interpolated", "pixel_upscaled", "video")
-ALL_TIMES = torch.arange(29) / 28
 
 
 def combinations(count: int) -> list[tuple[str, str, str]]:
@@ -151,8 +151,8 @@ def stages_earn_their_place(pipeline: Show1Pipeline, count: int) -> dict:
     """Measure the later stages against the plain ways, on degraded true frames of the world.
 
     Interpolation: mean squared error to the true frames between the keyframes, given with noise, against a linear
-    blend. Upscales: the judge's perceptual distance to the true frames, given with noise and half the time blurred as
-    in training, against bicubic enlargement.
+    blend. Upscales: the judge's perceptual distance to the true frames, given with noise and half the time blurred,
+    against bicubic enlargement.
     """
     rng, critic, cascade = np.random.default_rng(99), judge.load(), pipeline.cascade
     found = {name: [] for name in ("interpolation", "blend", "pixel", "pixel_bicubic", "latent", "latent_bicubic")}
@@ -160,7 +160,7 @@ def stages_earn_their_place(pipeline: Show1Pipeline, count: int) -> dict:
 
     for seed in tqdm(range(count), desc="stages"):
         scene = world.sample(rng, train=False)
-        small, medium, full = (world.render([scene], *size, ALL_TIMES) for size in (SMALL, MEDIUM, FULL))
+        small, medium, full = (world.render([scene], *size, TIMES) for size in (SMALL, MEDIUM, FULL))
         noisy = (small + 0.04 * torch.randn_like(small)).clamp(-1, 1)
         text = pipeline.keyframes.encode(scene.caption)
         between = pipeline.interpolation(text, noisy[:, :, ::4], **cascade.stream_settings("interpolation"), seed=seed)

@@ -2,11 +2,11 @@
 
 The text encoder comes first: it learns what captions mean from the captions alone and is frozen from then on, as T5 is
 for the released models, so that all pixel stages read the same embeddings. Then pictures, then where motions have
-things in which frame and which of two things is where, then clips, with pictures beside them for the keyframes: a video
-UNet starts as a trained picture UNet whose new temporal layers do nothing. The upscalers learn to repair true frames as
-the stages before them would draw them, or degraded. A run can be broken off at any moment: it goes on from its last
-checkpoint, at most a minute old, and where there is none (checkpoints are not committed) from the weights in
-show_1/mini.
+things in which frame and which of two things is where, then clips, with pictures beside them where things have to be
+made up: a video UNet starts as a trained picture UNet whose new temporal layers do nothing. The upscalers learn to
+repair true frames as the stages before them would draw them, or degraded. A run can be broken off at any moment: it
+goes on from its last checkpoint, at most a minute old, and where there is none (checkpoints are not committed) from the
+weights in show_1/mini.
 """
 
 import argparse
@@ -45,14 +45,14 @@ from show_1.errors import Show1Error, exit_code
 from show_1.models import channels_last
 from show_1.stages.denoise import share_noise
 from training import models, world
-from training.redraw import EVERY, Redrawn
+from training.redraw import EVERY, TIMES, Redrawn
 
 MINI = Path(__file__).parents[1] / "show_1" / "mini"
 RUNS = Path(__file__).parent / "runs"
 LOG = Path(__file__).parent / "log.jsonl"
 EVALUATION = Path(__file__).parent / "evaluation.json"
 
-KEYFRAME_TIMES = torch.arange(8) * 4 / 28
+KEYFRAME_TIMES = TIMES[::EVERY]
 SMALL, MEDIUM, FULL = (20, 32), (80, 128), (160, 288)  # height, width after each enlargement
 RATE = 1e-3  # of learning, at first
 HARD_MORE = 4.0  # times as many pictures more of an object that the evaluation never found
