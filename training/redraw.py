@@ -23,18 +23,19 @@ TIMES = torch.arange(29) / 28  # of a clip's frames
 EVERY = 4  # frames from keyframe to keyframe
 NOISE_LEVELS = (350, 700)  # where the drawing starts: less leaves details, more moves things
 STEPS = 8  # of a whole sampling, of which the drawing takes what is left at its level
-KEPT = 64  # clips at hand
-FRESH = 0.05  # of the clips asked for: drawing one takes as long as some updates of an upscaler
+KEPT = 256  # clips at hand
+CPU = torch.device("cpu")  # where stages are loaded and draw their noise, whatever the default is meanwhile
 
 
 class Redrawn:
     """Small clips drawn by the trained stages in `mini`, beside the scenes that they should show.
 
-    Each is used several times, in other parts. `chances`, (objects,), are those of each object to be in them.
+    Each is used several times, in other parts: `fresh` is the share of the clips asked for that are drawn anew.
+    `chances`, (objects,), are those of each object to be in them.
     """
 
-    def __init__(self, mini: Path, device: torch.device, dtype: torch.dtype, chances: np.ndarray):
-        self.mini, self.device, self.dtype, self.chances = mini, device, dtype, chances
+    def __init__(self, mini: Path, device: torch.device, dtype: torch.dtype, chances: np.ndarray, fresh: float):
+        self.mini, self.device, self.dtype, self.chances, self.fresh = mini, device, dtype, chances, fresh
         self.kept: deque[tuple[world.Scene, torch.Tensor]] = deque(maxlen=KEPT)
         self.rng: np.random.Generator | None = None
 
@@ -43,7 +44,7 @@ class Redrawn:
         if rng is not self.rng:  # as another begins with nothing, it always chooses the same
             self.kept.clear()
             self.rng = rng
-        fresh = rng.binomial(count, FRESH) if self.kept else count
+        fresh = rng.binomial(count, self.fresh) if self.kept else count
         if fresh:
             scenes = [world.sample(rng, chances=self.chances) for _ in range(fresh)]
             self.kept.extend(zip(scenes, self.draw(scenes, rng.integers(*NOISE_LEVELS)), strict=True))
@@ -55,7 +56,10 @@ class Redrawn:
         """Loaded where they are first used: on a CPU in the process that makes the batches."""
         cascade = Cascade.load("mini")
         folders = {"keyframes": self.mini / "show-1-base", "interpolation": self.mini / "show-1-interpolation"}
-        keyframes, interpolation = (load(cascade, folders, self.dtype) for load in (load_keyframes, load_interpolation))
+        with CPU:
+            keyframes, interpolation = (
+                load(cascade, folders, self.dtype) for load in (load_keyframes, load_interpolation)
+            )
         return cascade, keyframes.to(self.device), interpolation.to(self.device)
 
     @torch.no_grad()
@@ -65,7 +69,8 @@ class Redrawn:
         size = cascade.keyframes.height, cascade.keyframes.width
         clean = world.render(scenes, *size, TIMES[::EVERY]).to(self.device)
         noise = share_noise(torch.randn_like(clean), torch.randn_like(clean[:, :, :1]), cascade.keyframes.shared_noise)
-        scheduler = prepare(keyframes.scheduler, STEPS, self.device)
+        with CPU:
+            scheduler = prepare(keyframes.scheduler, STEPS, self.device)
         timesteps = scheduler.timesteps[scheduler.timesteps <= noise_level]
         noisy = scheduler.add_noise(clean, noise, timesteps[:1].expand(len(clean)))
         # In the world's plainest words, as a caption may leave out what the model would then draw otherwise.
@@ -74,7 +79,7 @@ class Redrawn:
         guidance = cascade.keyframes.guidance
         drawn = finish(denoise(keyframes.unet, scheduler, noisy, text, guidance, timesteps=timesteps))
         seeds = torch.randint(2**31, (len(scenes),)).tolist()
-        with torch.device("cpu"):  # where the stages draw their noise, whatever the default is here
+        with CPU:
             return interpolation(
                 text, drawn.to(self.dtype), steps=cascade.interpolation.steps, guidance=1.0, seed=seeds
             ).float()

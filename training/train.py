@@ -45,7 +45,7 @@ from show_1.errors import Show1Error, exit_code
 from show_1.models import channels_last
 from show_1.stages.denoise import share_noise
 from training import models, world
-from training.redraw import EVERY, TIMES, Redrawn
+from training.redraw import CPU, EVERY, TIMES, Redrawn
 
 MINI = Path(__file__).parents[1] / "show_1" / "mini"
 RUNS = Path(__file__).parent / "runs"
@@ -60,10 +60,12 @@ TEXT_DROPPED = 0.1  # how often a caption is emptied, for classifier-free guidan
 
 GPU_SCALE = 8  # as many scenes a batch on a GPU, which would else wait for Python
 GPU_BATCHES = 8  # painted at once there
+GPU_POOL = 4  # times as many to choose from: those painted at once are all of a kind
 UPDATES_APART = 4  # that processes training together make by themselves before they average their weights
 PATH_STRENGTH = 8.0  # of what the deepest features are to say of where things are: twice as much did no better
 PIXEL_WEIGHT = 20.0  # of the latent upscale's error in decoded pixels, which are what is looked at
-REDRAWN = 0.7  # of an upscaler's batches, so many show what the stages before it draw, and the others true frames
+REDRAWN = 0.4  # of an upscaler's batches, so many show what the stages before it draw, and the others true frames
+NOISED = 60  # noise levels of an upscaler's condition end here: more would have it mistrust what it is given
 OBJECT_WEIGHT = 3.0  # an error on an object counts for so much more than one on the place behind it
 
 NOISE = models.image_noising_scheduler()  # one schedule for all: alpha and sigma of each of its 1000 levels
@@ -95,9 +97,12 @@ def painted_on(device: torch.device, make: Callable[..., dict], seed: tuple[int,
     Several are painted at once, since painting is thousands of small steps, however many the scenes.
     """
     rng = np.random.default_rng(seed)
+    pool: list[dict] = []
     while True:
-        many = made_on(device, make, rng, GPU_SCALE * GPU_BATCHES)
-        yield from (_part(many, number) for number in range(GPU_BATCHES))
+        while len(pool) < GPU_POOL * GPU_BATCHES:
+            many = made_on(device, make, rng, GPU_SCALE * GPU_BATCHES)
+            pool += (_part(many, number) for number in range(GPU_BATCHES))
+        yield pool.pop(rng.integers(len(pool)))
 
 
 def made_on(device: torch.device, make: Callable[..., dict], rng: np.random.Generator, scale: int = 1) -> dict:
@@ -334,16 +339,16 @@ def _half_blended(scenes: list[world.Scene], times: torch.Tensor) -> torch.Tenso
     every = KEYFRAME_TIMES[1]
     before = (times / every).floor().clamp(max=len(KEYFRAME_TIMES) - 2)
     true, left, right = (world.render(scenes, *SMALL, t) for t in (times, before * every, (before + 1) * every))
-    blend = left.lerp(right, (times / every - before)[:, None, :, None, None])
+    blend = left.lerp(right, (times / every - before)[:, None, :, None, None].to(left))
     share = torch.rand(len(scenes), 1, 1, 1, 1) * (torch.rand(len(scenes), 1, 1, 1, 1) < 0.5)
-    return true.lerp(blend, share.to(true))
+    return true.lerp(blend, share)
 
 
 def _enlarged(scenes: list[world.Scene], times: torch.Tensor, small: torch.Tensor) -> tuple[dict, torch.Tensor]:
     """Return true clips with `small` ones, enlarged and noised, as condition, and the noise's levels."""
     batch = _painted(scenes, MEDIUM, times)
     condition = F.interpolate(small, size=batch["clean"].shape[2:], mode="trilinear", align_corners=True)
-    level = torch.randint(0, 200, (len(scenes),))
+    level = torch.randint(0, NOISED, (len(scenes),))
     return batch | {"condition": NOISE.add_noise(condition, torch.randn_like(condition), level)}, level
 
 
@@ -456,8 +461,9 @@ def velocity_loss(
 @torch.no_grad()
 def draw(unet: nn.Module, states: torch.Tensor, batch: dict, steps: int, shared_noise: float = 0.0) -> torch.Tensor:
     """Return what the model draws, without guidance, for the text and condition of a batch: as its "clean"."""
-    scheduler = models.scheduler(thresholding=False)
-    scheduler.set_timesteps(steps, device=states.device)
+    with CPU:  # whatever the default is meanwhile
+        scheduler = models.scheduler(thresholding=False)
+        scheduler.set_timesteps(steps, device=states.device)
     sample = noise_like(batch["clean"], shared_noise)
     for level in scheduler.timesteps:
         model_input = torch.cat([sample, batch["condition"]], dim=1) if "condition" in batch else sample
@@ -938,12 +944,13 @@ class Upscale:
 
     @functools.cached_property
     def loaded(self) -> tuple[nn.Module, Callable[[dict], torch.Tensor]]:
-        if self.stage == "first_frame":
-            unet, folder = models.picture_unet("pixel_upscale"), "IF-II-L"
-        else:
-            unet, folder = models.video_unet("pixel_upscale"), "show-1-sr1"
-        _start_from(unet, MINI / folder / "unet")
-        return channels_last(unet.requires_grad_(False).to(self.device)), reader(self.device)
+        with CPU:
+            if self.stage == "first_frame":
+                unet, folder = models.picture_unet("pixel_upscale"), "IF-II-L"
+            else:
+                unet, folder = models.video_unet("pixel_upscale"), "show-1-sr1"
+            _start_from(unet, MINI / folder / "unet")
+            return channels_last(unet.requires_grad_(False).to(self.device)), reader(self.device)
 
     def __call__(self, batch: dict) -> torch.Tensor:
         """Return what it makes of the batch's "condition", in the shape of its "clean"."""
@@ -953,7 +960,9 @@ class Upscale:
 
 def _redrawn(device: torch.device) -> Redrawn:
     dtype = torch.bfloat16 if native_bfloat16(device) else torch.float32
-    return Redrawn(MINI, device, dtype, picture_chances())
+    # Drawing a clip takes a CPU as long as some updates of an upscaler; a GPU draws many in the time of one.
+    fresh = 0.05 if device.type == "cpu" else 0.5
+    return Redrawn(MINI, device, dtype, picture_chances(), fresh)
 
 
 # Name → how to build it and its share of the time, in order: each may start from what those before it have saved.
