@@ -146,7 +146,7 @@ def test_bad_input(monkeypatch, capsys, arguments, words):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("name", ["memory", "norm"])
+@pytest.mark.parametrize("name", ["memory", "kernels"])
 def test_what_needs_a_gpu_says_so(name):
     run = subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], capture_output=True, text=True)
     assert run.returncode == 2 and "there is none" in run.stderr and "Traceback" not in run.stderr

@@ -133,6 +133,18 @@ def test_channels_last_changes_nothing_but_the_layout(family):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_channels_stay_last_from_layer_to_layer(family):
+    unet = channels_last(_unet(family))
+    seen = []
+    for module in unet.modules():
+        if type(module) is GroupNorm:
+            module.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    unet(**_inputs(unet, torch.float32))
+    assert len(seen) > 20 and all(x.movedim(1, -1).is_contiguous() for x in seen)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("dtype", "sums"), [(torch.float16, torch.float16), (torch.bfloat16, torch.float32)])
 def test_the_last_layers_do_not_round_to_half_precision(dtype, sums):
     unet = channels_last(_unet("pixel").to(dtype))
@@ -164,7 +176,9 @@ def test_group_norm_is_pytorchs(shape, offset):
     assert norm.float()(constant).isfinite().all()  # rounding must not make the variance negative
 
 
-def _formula(x, norm, activation, scale, shift) -> torch.Tensor:
+def _formula(x, norm, activation, scale, shift, added=None) -> torch.Tensor:
+    if added is not None:
+        x = x + added[(..., *[None] * (x.ndim - 2))]
     y = torch.nn.functional.group_norm(x.contiguous(), norm.num_groups, norm.weight, norm.bias, norm.eps)
     if scale is not None:
         over = (..., *[None] * (x.ndim - 2))
@@ -227,13 +241,93 @@ def test_kernels_compute_the_formula(groups, shape, dtype, offset):
     norm, x, scale, shift = _norm_case(groups, shape, offset)
     norm, x, scale, shift = (thing.to(device, dtype) for thing in (norm, x, scale, shift))
     # Far from 0, rounding to bfloat16 leaves a small group hardly any variance, and the norm enlarges what is left.
-    precision = torch.finfo(dtype).eps * (4 + offset / 100) + 1e-6 * offset
-    for rest in ((None, None, None), ("gelu", scale, shift), ("silu", None, None)):
+    precision = torch.finfo(dtype).eps * (8 + offset / 100) + 1e-6 * offset
+    for rest in (
+        (None, None, None, None),
+        ("gelu", scale, shift, None),
+        ("silu", None, None, norm.bias),
+        ("gelu", scale, shift, shift - 3),
+    ):
         y = kernels.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, *rest)
         assert (y.shape, y.dtype, y.stride()) == (x.shape, x.dtype, x.stride())
         exact = (part if part is None or isinstance(part, str) else part.double() for part in rest)
         expected = _formula(x.double(), copy.deepcopy(norm).double(), *exact)
         assert ((y - expected).abs() <= precision * (1 + expected.abs())).all()
+
+
+@pytest.mark.skipif(not _kernels_device(), reason="needs Triton, and CUDA or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float16), (torch.float32, torch.bfloat16)])
+@pytest.mark.parametrize("shape", [(2, 32, 5, 7), (1, 320, 3, 50, 9), (3, 129, 1)])
+def test_sum_with_a_bias_computes_the_formula(shape, dtypes):
+    from show_1.models import kernels
+
+    torch.manual_seed(0)
+    x, y = (
+        torch.randn(shape[0], *shape[2:], shape[1], device=_kernels_device(), dtype=dtype).movedim(-1, 1)
+        for dtype in dtypes
+    )
+    bias = torch.randn(shape[1], device=_kernels_device(), dtype=dtypes[1])
+    total = kernels.add(x, y, bias)
+    assert (total.dtype, total.stride()) == (dtypes[0], x.stride())
+    exact = x.double() + y.double() + bias.double()[(..., *[None] * (x.ndim - 2))]
+    assert (total - exact).abs().max() <= 2 * torch.finfo(dtypes[0]).eps * exact.abs().max()
+
+
+@pytest.mark.skipif(not _kernels_device(), reason="needs Triton, and CUDA or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "out"), [(32, 64), (64, 32), (128, 128)])
+@pytest.mark.parametrize(("frames", "pixels"), [(1, 3), (2, 130), (5, 300)])
+def test_convolution_over_frames_computes_the_formula(channels, out, frames, pixels, dtype):
+    from show_1.models import kernels
+
+    if (_kernels_device(), dtype) == ("cpu", torch.bfloat16):
+        pytest.skip("Triton's interpreter multiplies the bits of bfloat16")
+    torch.manual_seed(0)
+    x = torch.randn(2, frames, pixels, channels, device=_kernels_device(), dtype=dtype).permute(0, 3, 1, 2)
+    weight = torch.randn(out, channels, 3, device=_kernels_device(), dtype=dtype) / (3 * channels) ** 0.5
+    y = kernels.frame_conv(x, weight)
+    assert (y.dtype, y.movedim(1, -1).is_contiguous()) == (dtype, True)
+    exact = F.conv2d(x.double(), weight.double()[..., None], padding=(1, 0))
+    assert ((y - exact).abs() <= torch.finfo(dtype).eps * (1 + exact.abs())).all()
+
+
+@pytest.mark.skipif(not _kernels_device(), reason="needs Triton, and CUDA or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(2, 3, 80), (70, 200), (1, 2 * 5000)])
+def test_gated_gelu_computes_the_formula(shape, dtype):
+    from show_1.models import kernels
+
+    torch.manual_seed(0)
+    x = torch.randn(shape, device=_kernels_device(), dtype=dtype)
+    values, gates = x.double().chunk(2, dim=-1)
+    exact = values * F.gelu(gates)
+    assert ((kernels.gated_gelu(x) - exact).abs() <= (torch.finfo(dtype).eps + 1e-7) * (1 + exact.abs())).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("works", [True, False])
+def test_a_unet_whose_kernels_take_biases_along_computes_the_same(monkeypatch, family, works):
+    """With each kernel's formula in its place, and with kernels that fail."""
+    unet = channels_last(_unet(family).double())
+    inputs = _inputs(unet, torch.float64)
+    expected = unet(**inputs).sample
+    taken = set()
+
+    def attempt(name: str, *args) -> torch.Tensor | None:
+        taken.add(name)
+        return KERNELS[name](*args) if works else None
+
+    monkeypatch.setattr(try_kernels, "suit", lambda x: True)
+    monkeypatch.setattr(try_kernels, "attempt", attempt)
+    assert (unet(**inputs).sample - expected).abs().max() < 1e-10
+    assert {"group_norm", "add", "gated_gelu"} <= taken
+
+
+def _group_norm(x, groups, weight, bias, eps, activation, scale, shift, added) -> torch.Tensor:
+    norm = GroupNorm(groups, len(weight), eps)
+    norm.weight.data, norm.bias.data = weight, bias
+    return _formula(x, norm, activation, scale, shift, added)
 
 
 def _attention(**variant) -> Attention:
@@ -244,6 +338,14 @@ def _attention(**variant) -> Attention:
 def _scaled_dot_product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+KERNELS = {
+    "group_norm": _group_norm,
+    "add": lambda x, y, bias: x + y + bias[(..., *[None] * (x.ndim - 2))],
+    "gated_gelu": lambda x: x.chunk(2, dim=-1)[0] * F.gelu(x.chunk(2, dim=-1)[1]),
+    "short_attention": _scaled_dot_product,
+}
 
 
 @pytest.mark.parametrize(

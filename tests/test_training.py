@@ -148,7 +148,7 @@ def test_upscalers_learn_from_true_keyframes_and_at_times_from_blends_between_th
 
 @pytest.fixture(scope="module")
 def redrawn():
-    return Redrawn(REAL_MINI, CPU, torch.float32, train.picture_chances())
+    return Redrawn(REAL_MINI, CPU, torch.float32, train.picture_chances(), fresh=0.05)
 
 
 def test_redrawn_clips_show_their_scenes_where_they_are_with_the_small_stages_faults(redrawn):
@@ -359,13 +359,19 @@ def test_combinations_cover_the_vocabulary():
         assert min(counts) >= 2 and max(counts) <= 2 * min(counts) + 2, dict(zip(known, counts, strict=True))
 
 
-def test_what_is_painted_at_once_comes_in_batches(monkeypatch):
+def test_what_is_painted_at_once_comes_in_batches_in_another_order(monkeypatch):
     monkeypatch.setattr(train, "GPU_SCALE", 1)
     monkeypatch.setattr(train, "GPU_BATCHES", 2)
+    monkeypatch.setattr(train, "GPU_POOL", 2)
     stream = train.painted_on(CPU, train.keyframe_clips, (1, 2))
-    first, second, third = (next(stream) for _ in range(3))
-    many = train.made_on(CPU, train.keyframe_clips, np.random.default_rng((1, 2)), 2)
-    assert first["captions"] + second["captions"] == many["captions"]
-    assert torch.equal(torch.cat([first["clean"], second["clean"]]), many["clean"])
-    assert torch.equal(second["pictures"]["clean"], many["pictures"]["clean"][16:])
-    assert not torch.equal(third["clean"], first["clean"])
+    rng = np.random.default_rng((1, 2))
+    painted = [train.made_on(CPU, train.keyframe_clips, rng, 2) for _ in range(2)]
+    batches = [(many, slice(4 * n, 4 * n + 4), slice(16 * n, 16 * n + 16)) for many in painted for n in range(2)]
+    first = next(stream)  # one of four at hand
+    [(many, clips, stills)] = [parts for parts in batches if parts[0]["captions"][parts[1]] == first["captions"]]
+    assert torch.equal(first["clean"], many["clean"][clips])
+    assert torch.equal(first["pictures"]["clean"], many["pictures"]["clean"][stills])
+    given = [first, *(next(stream) for _ in range(9))]
+    order = [tuple(batch["captions"]) for batch in given]
+    assert len(set(order)) == 10
+    assert order[:4] != [tuple(many["captions"][clips]) for many, clips, _ in batches]

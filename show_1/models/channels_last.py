@@ -9,12 +9,16 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from show_1.models import try_kernels
 from show_1.models.attention import FrameAttention
 from show_1.models.group_norm import GroupNorm, activation_name
 from show_1.models.resnet import ResnetBlock, UpsampleConv
@@ -35,6 +39,42 @@ class OutputConv(nn.Conv2d):
         """Return (batch, out_channels, height, width), in float32 where the weights are in half precision."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         return F.conv2d(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype), self.stride, self.padding)
+
+
+class SpatialTransformer(Transformer2DModel):
+    """diffusers' transformer over an image, the same numbers, which keeps the layout it was given.
+
+    diffusers' own returns the usual layout, and all layers from there to the next convolution would follow.
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, return_dict: bool = True
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Return hidden states of the given shape, (batch, channels, height, width)."""
+        tokens, linear = self.norm(hidden_states), self.use_linear_projection
+        tokens = (tokens if linear else self.proj_in(tokens)).permute(0, 2, 3, 1).flatten(1, 2)
+        tokens = self.proj_in(tokens) if linear else tokens
+        for block in self.transformer_blocks:
+            tokens = block(tokens, encoder_hidden_states=encoder_hidden_states)
+        tokens = self.proj_out(tokens) if linear else tokens
+        change = tokens.unflatten(1, hidden_states.shape[2:]).permute(0, 3, 1, 2)
+        change = change if linear else self.proj_out(change)
+        return Transformer2DModelOutput(hidden_states + change) if return_dict else (hidden_states + change,)
+
+
+class GatedGELU(GEGLU):
+    """diffusers' gated linear unit, the same numbers; on a GPU what follows the layer is one pass over the memory."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return (…, features) for (…, input features)."""
+        made = self.proj(hidden_states)
+        gated = None
+        if try_kernels.suit(made) and made.is_contiguous():
+            gated = try_kernels.attempt("gated_gelu", made)
+        if gated is None:
+            values, gates = made.chunk(2, dim=-1)
+            gated = values * F.gelu(gates)
+        return gated
 
 
 def channels_last(model: Model) -> Model:
@@ -58,6 +98,10 @@ def channels_last(model: Model) -> Model:
         if type(module) is ResnetBlock2D:
             module.__class__ = ResnetBlock
             module.activation = activation_name(module.nonlinearity)
+        if type(module) is Transformer2DModel and module.is_input_continuous:
+            module.__class__ = SpatialTransformer
+        if type(module) is GEGLU:
+            module.__class__ = GatedGELU
         if type(module) is Upsample2D and _is_nearest_and_conv(module):
             module.__class__ = UpsampleConv
         if isinstance(module, TransformerTemporalModel):

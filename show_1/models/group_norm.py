@@ -27,18 +27,22 @@ class GroupNorm(nn.GroupNorm):
         activation: str | None = None,
         scale: torch.Tensor | None = None,
         shift: torch.Tensor | None = None,
+        added: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return activation(norm(x)·(1 + scale) + shift), in the layout of `x`, (batch, channels, …).
+        """Return activation(norm(x + added)·(1 + scale) + shift), in the layout of `x`, (batch, channels, …).
 
-        `scale` and `shift` are (batch, channels) and come together; `activation` is a key of `ACTIVATIONS`.
+        `scale` and `shift` are (batch, channels) and come together, `added` is that or (channels,); `activation` is a
+        key of `ACTIVATIONS`.
         """
         activation = activation or self.activation
         x = x if self.least is None else x.to(torch.promote_types(x.dtype, self.least))
         if try_kernels.suit(x) and x.movedim(1, -1).is_contiguous():
-            rest = (self.num_groups, self.weight, self.bias, self.eps, activation, scale, shift)
+            rest = (self.num_groups, self.weight, self.bias, self.eps, activation, scale, shift, added)
             y = try_kernels.attempt("group_norm", x, *rest)
             if y is not None:
                 return y
+        if added is not None:
+            x = x + _over_pixels(added, x).to(x.dtype)
         if self._suits_sums(x):
             y = self._from_sums(x, scale, shift)
         else:

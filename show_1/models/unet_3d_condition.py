@@ -11,13 +11,15 @@ from itertools import zip_longest
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from diffusers import ModelMixin, UNet2DConditionModel  # noqa: F401 - from_pretrained of a stage looks for it here
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import Downsample2D, TemporalConvLayer, Upsample2D
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
 from diffusers.utils import BaseOutput
 from torch import nn
+
+from show_1.models.convolution import add, over_frames
+from show_1.models.group_norm import GroupNorm
 
 
 @dataclass
@@ -32,20 +34,18 @@ class UNet3DConditionOutput(BaseOutput):
 
 
 class TemporalConv(TemporalConvLayer):
-    """diffusers' temporal convolution, with its 3×1×1 kernels run as 3×1 ones over frames × pixels.
-
-    The same numbers, but PyTorch has fast kernels for it on every device: on a CPU, 3D convolutions have none.
-    """
+    """diffusers' temporal convolution, the same numbers, run over frames × pixels."""
 
     def forward(self, hidden_states: torch.Tensor, num_frames: int) -> torch.Tensor:
         """Return hidden states of the given shape, (batch·frames, channels, height, width), and dtype."""
         clip = hidden_states.unflatten(0, (-1, num_frames)).transpose(1, 2).flatten(3)
-        change = clip.to(self.conv1[-1].weight.dtype)
-        for *layers, convolution in (self.conv1, self.conv2, self.conv3, self.conv4):
+        change, bias = clip.to(self.conv1[-1].weight.dtype), None
+        for norm, *layers, convolution in (self.conv1, self.conv2, self.conv3, self.conv4):
+            change = norm(change) if bias is None else norm(change, added=bias)
             for layer in layers:
                 change = layer(change)
-            change = F.conv2d(change, convolution.weight.squeeze(-1), convolution.bias, padding=(1, 0))
-        return (clip + change).transpose(1, 2).reshape(hidden_states.shape)
+            change, bias = over_frames(convolution, change, apart=isinstance(norm, GroupNorm))
+        return add(clip, change, bias).transpose(1, 2).reshape(hidden_states.shape)
 
 
 class TemporalTransformer(TransformerTemporalModel):
