@@ -3,7 +3,7 @@
 Every round runs each stage the original's way, then ours, on the same input; after the warm-up rounds, which take a few
 steps a stage, the medians are taken. Seconds are wall clock, with the device's queue empty at both ends; TFLOP are
 counted by PyTorch, each kind of the original's calls once, in a warm-up round. An interrupted run keeps its finished
-rounds.
+rounds, or the finished stages of the first.
 """
 
 import argparse
@@ -56,8 +56,11 @@ class Clock:
 
 def compare(
     original: Original, ours: Ours, clock: Clock, stages: list[str], rounds: int, warmups: int
-) -> tuple[dict, torch.Tensor]:
-    """Return what `rounds` rounds after `warmups` have told, see `summary`, and the last clip that was made."""
+) -> tuple[dict, torch.Tensor | None]:
+    """Return what `rounds` rounds after `warmups` have told, see `summary`, and the last clip that was made.
+
+    Interrupted, it returns no clip.
+    """
     cascades = [(way, way.pipeline.cascade) for way in (original, ours)]
     clips = made_up_clips(ours.pipeline.cascade, clock.device, ours.pipeline.keyframes.dtype)
     told: list[dict] = []  # of each finished round: {"ours": {stage: {...}}, "original": {...}}
@@ -67,6 +70,7 @@ def compare(
             for way, cascade in cascades:
                 way.pipeline.cascade = in_few_steps(cascade) if number < warmups else cascade
             this = {"original": {}, "ours": {}}
+            told.append(this)
             for stage in stages:
                 if stage != "text":
                     original.flops.total = 0
@@ -76,10 +80,14 @@ def compare(
                 if stage != "text":
                     difference[stage] = distance(mine, theirs)
                     clips[stage] = mine
-            told.append(this)
             print(f"round {number + 1} of {warmups + rounds}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("Interrupted; what follows is of the finished rounds.", file=sys.stderr)
+        print("Interrupted; what follows is of what was finished.", file=sys.stderr)
+        if len(told) > warmups + 1:
+            del told[-1]
+        else:
+            stages = [stage for stage in stages if stage in told[-1]["ours"]] if len(told) > warmups else []
+        return summary(told[warmups:], told[:warmups], stages, tflop, difference), None
     return summary(told[warmups:], told[:warmups], stages, tflop, difference), clips[stages[-1]]
 
 
@@ -96,8 +104,8 @@ def in_few_steps(cascade: Cascade, steps: int = 6) -> Cascade:
 
 def summary(told: list[dict], warmups: list[dict], stages: list[str], tflop: dict, difference: dict) -> dict:
     """Return the medians: {"stages": {stage: {...}}, "original_seconds", "seconds", "ratio", "rounds", ...}."""
-    if not told:
-        raise Show1Error("No round after the warm-ups is finished.", "Let it run longer, or give fewer --warmups.")
+    if not told or not set(stages) - {"text"}:
+        raise Show1Error("No stage after the warm-ups is finished.", "Let it run longer, or give fewer --warmups.")
 
     def median(way: str, stage: str, key: str) -> float | None:
         values = [r[way][stage][key] for r in told if key in r[way].get(stage, {})]
@@ -121,7 +129,7 @@ def summary(told: list[dict], warmups: list[dict], stages: list[str], tflop: dic
         rows[stage] = {key: value for key, value in row.items() if value is not None}
 
     def whole(round_: dict, way: str) -> float:
-        return sum(stage["seconds"] for stage in round_[way].values())
+        return sum(round_[way][stage]["seconds"] for stage in stages if stage in round_[way])
 
     totals = {way: statistics.median(whole(r, way) for r in told) for way in ("original", "ours")}
     found = {
@@ -223,7 +231,8 @@ def table(found: dict) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     totals = (_number(found[key]) for key in ("original_seconds", "seconds", "ratio"))
-    lines.append(f"| **end to end** | {' | '.join(totals)} | | | | |")
+    whole = "end to end" if [*found["stages"]] == [*STAGES] else "together"
+    lines.append(f"| **{whole}** | {' | '.join(totals)} | | | | |")
     cold = f"Loading {_number(found['load_seconds'])} s"
     if "cold_start_seconds" in found:
         cold += f", and the first video takes {_number(found['cold_start_seconds'])} s longer"
@@ -330,7 +339,7 @@ def _run(arguments: argparse.Namespace) -> None:
     with torch.no_grad():
         compared, video = compare(original, ours, clock, stages, arguments.rounds, arguments.warmups)
         found |= compared
-        if arguments.measures:
+        if arguments.measures and video is not None:
             fast = Cascade.load(f"{name}-fast")
             found["measures"] = measure_by_measure(fast, ours, video, found["seconds"], clock, arguments.rounds)
     found["minutes"] = (time.perf_counter() - began) / 60

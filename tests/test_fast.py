@@ -158,8 +158,39 @@ def test_an_interrupted_benchmark_keeps_its_finished_rounds():
     found = benchmark.summary(rounds, [cold, rounds[0]], ["keyframes"], {"keyframes": 6.0}, {})
     assert (found["ratio"], found["rounds"], found["stages"]["keyframes"]["tflops"]) == (2.0, 3, 3.0)
     assert found["cold_start_seconds"] == 5.0
-    with pytest.raises(Show1Error, match="No round"):
+    with pytest.raises(Show1Error, match="No stage"):
         benchmark.summary([], [], ["keyframes"], {}, {})
+
+
+@pytest.mark.parametrize(
+    ("calls", "kept"),
+    [
+        (3, None),  # while it warms up
+        (5, None),  # in the first stage that counts
+        (7, (["text", "keyframes"], 1)),
+        (10, (["text", "keyframes", "interpolation"], 1)),  # in the second round
+    ],
+)
+def test_a_benchmark_interrupted_in_its_first_round_keeps_its_finished_stages(calls, kept):
+    runs = iter(range(calls))
+
+    def run(stage: str, clips: dict) -> torch.Tensor:
+        if stage != "text" and next(runs, None) is None:
+            raise KeyboardInterrupt
+        return torch.zeros(2)
+
+    def way() -> SimpleNamespace:
+        pipeline = SimpleNamespace(cascade=Cascade.load("mini"), keyframes=SimpleNamespace(dtype=torch.float32))
+        return SimpleNamespace(pipeline=pipeline, run=run, flops=SimpleNamespace(total=0))
+
+    clock, stages = benchmark.Clock(torch.device("cpu")), ["text", "keyframes", "interpolation"]
+    if kept is None:
+        with pytest.raises(Show1Error, match="No stage"):
+            benchmark.compare(way(), way(), clock, stages, rounds=2, warmups=1)
+    else:
+        found, video = benchmark.compare(way(), way(), clock, stages, rounds=2, warmups=1)
+        assert ([*found["stages"]], found["rounds"], video) == (*kept, None)
+        assert found["ratio"] > 0
 
 
 def test_an_interrupted_benchmark_keeps_its_finished_measures(monkeypatch):

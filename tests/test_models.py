@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from show_1.models import UNet3DConditionModel, attention, channels_last, frame_multiple, try_kernels
 from show_1.models.attention import FrameAttention
+from show_1.models.convolution import over_frames
 from show_1.models.group_norm import ACTIVATIONS, GroupNorm
 from show_1.models.resnet import ResnetBlock, UpsampleConv
 from show_1.models.unet_3d_condition import TemporalConv
@@ -302,6 +303,28 @@ def test_gated_gelu_computes_the_formula(shape, dtype):
     values, gates = x.double().chunk(2, dim=-1)
     exact = values * F.gelu(gates)
     assert ((kernels.gated_gelu(x) - exact).abs() <= (torch.finfo(dtype).eps + 1e-7) * (1 + exact.abs())).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("works", [True, False])
+def test_few_channels_over_frames_are_left_to_our_kernel_in_float16(monkeypatch, works):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv3d(128, 128, (3, 1, 1)).half()
+    x = torch.randn(2, 3, 20, 128, dtype=torch.float16).permute(0, 3, 1, 2)
+    whole, none = over_frames(conv, x, apart=True)
+    assert none is None
+    taken = []
+
+    def attempt(name: str, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+        taken.append((name, tuple(weight.shape)))
+        return F.conv2d(x, weight[..., None], padding=(1, 0)) if works else None
+
+    monkeypatch.setattr(try_kernels, "suit", lambda x: True)
+    monkeypatch.setattr(try_kernels, "attempt", attempt)
+    made, bias = over_frames(conv, x, apart=True)
+    assert taken == [("frame_conv", (128, 128, 3))]
+    assert (made + bias[:, None, None] - whole).abs().max() < 2e-3
+    assert over_frames(conv.bfloat16(), x.bfloat16(), apart=True)[1] is conv.bias and len(taken) == 1
 
 
 @torch.no_grad()
