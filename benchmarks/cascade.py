@@ -63,7 +63,7 @@ def compare(
     """
     cascades = [(way, way.pipeline.cascade) for way in (original, ours)]
     clips = made_up_clips(ours.pipeline.cascade, clock.device, ours.pipeline.keyframes.dtype)
-    told: list[dict] = []  # of each finished round: {"ours": {stage: {...}}, "original": {...}}
+    told: list[dict] = []  # of each round, of its stages so far: {"ours": {stage: {...}}, "original": {...}}
     tflop, difference = {}, {}
     try:
         for number in range(warmups + rounds):

@@ -242,7 +242,7 @@ def test_kernels_compute_the_formula(groups, shape, dtype, offset):
     norm, x, scale, shift = _norm_case(groups, shape, offset)
     norm, x, scale, shift = (thing.to(device, dtype) for thing in (norm, x, scale, shift))
     # Far from 0, rounding to bfloat16 leaves a small group hardly any variance, and the norm enlarges what is left.
-    precision = torch.finfo(dtype).eps * (8 + offset / 100) + 1e-6 * offset
+    precision = torch.finfo(dtype).eps * (4 + offset / 100) + 1e-6 * offset
     for rest in (
         (None, None, None, None),
         ("gelu", scale, shift, None),
@@ -253,7 +253,8 @@ def test_kernels_compute_the_formula(groups, shape, dtype, offset):
         assert (y.shape, y.dtype, y.stride()) == (x.shape, x.dtype, x.stride())
         exact = (part if part is None or isinstance(part, str) else part.double() for part in rest)
         expected = _formula(x.double(), copy.deepcopy(norm).double(), *exact)
-        assert ((y - expected).abs() <= precision * (1 + expected.abs())).all()
+        roundings = 1 if rest[3] is None else 2  # a sum, too
+        assert ((y - expected).abs() <= roundings * precision * (1 + expected.abs())).all()
 
 
 @pytest.mark.skipif(not _kernels_device(), reason="needs Triton, and CUDA or TRITON_INTERPRET=1")
