@@ -164,6 +164,7 @@ class LatentUpscale:
     guidance: Guidance
     guidance_interval: GuidanceInterval = None
     reuse: Reuse = None
+    shared_noise: SharedNoise = None
     negative_prompt: Prompt
 
     def __post_init__(self):

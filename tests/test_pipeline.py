@@ -245,6 +245,24 @@ def test_the_pixel_upscale_shares_noise(pipeline, result):
     assert not torch.allclose(own, own[:, :, :1].expand_as(own), atol=0.1)
 
 
+def test_the_latent_upscale_shares_noise(pipeline, result, monkeypatch):
+    stage, clip = pipeline.latent_upscale, result.tensors["pixel_upscaled"]
+    text = stage.encode(tiny.PROMPT, "")
+    settings = pipeline.cascade.stream_settings("latent_upscale") | {"steps": 1, "strength": 1.0, "guidance": 1.0}
+    given, add_noise = [], type(stage.scheduler).add_noise
+
+    def spy(scheduler, latents, noise, timesteps):
+        given.append(noise)
+        return add_noise(scheduler, latents, noise, timesteps)
+
+    monkeypatch.setattr(type(stage.scheduler), "add_noise", spy)
+    for share in (0.0, 0.5, 1.0):
+        stage(text, clip, **settings, seed=3, shared_noise=share)
+    own, mixed, common = given  # (frames, channels, height, width) each
+    assert torch.equal(common, common[:1].expand_as(common)) and not torch.equal(own[0], own[1])
+    torch.testing.assert_close(mixed, 0.5**0.5 * (own + common))
+
+
 def test_a_stage_saves_and_loads_as_a_diffusers_pipeline(pipeline, result, tmp_path):
     pipeline.interpolation.save_pretrained(tmp_path)
     loaded = InterpolationPipeline.from_pretrained(tmp_path)

@@ -897,6 +897,7 @@ def latent_upscale_stage(device: torch.device) -> Stage:
         raise Show1Error(f"The autoencoder is missing: {folder / 'vae'}", "Train it first: --stage vae")
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).requires_grad_(False).to(device)
     scaling, half = vae.config.scaling_factor, native_bfloat16(device)
+    shared = Cascade.load("mini").latent_upscale.shared_noise
     tokenizer = clip_tokenizer()
     trained = {"unet": models.video_unet("latent_upscale"), "text_encoder": models.latent_text_encoder(tokenizer)}
     for name, model in trained.items():
@@ -918,7 +919,7 @@ def latent_upscale_stage(device: torch.device) -> Stage:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
             pair = {"clean": latents(batch["clean"]), "degraded": latents(batch["condition"])}
         states = _states(trained["text_encoder"], _tokens(tokenizer, batch))
-        return velocity_loss(trained["unet"], states, pair, mostly(50), top=50, error_of=error_of)
+        return velocity_loss(trained["unet"], states, pair, mostly(50), top=50, shared_noise=shared, error_of=error_of)
 
     return Stage(
         trained,
