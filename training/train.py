@@ -65,7 +65,7 @@ UPDATES_APART = 4  # that processes training together make by themselves before 
 PATH_STRENGTH = 8.0  # of what the deepest features are to say of where things are: twice as much did no better
 PIXEL_WEIGHT = 20.0  # of the latent upscale's error in decoded pixels, which are what is looked at
 REDRAWN = 0.4  # of an upscaler's batches, so many show what the stages before it draw, and the others true frames
-NOISED = 60  # where the noise levels of an upscaler's condition end; mini's is 20
+NOISED = 60  # where the noise levels of an upscaler's condition end; mini's are 20 for the first frame and 0 after it
 OBJECT_WEIGHT = 3.0  # an error on an object counts for so much more than one on the place behind it
 
 NOISE = models.image_noising_scheduler()  # one schedule for all: alpha and sigma of each of its 1000 levels

@@ -50,25 +50,28 @@ class Stage(DiffusionPipeline):
         """Run `stream` to its end and return its clip."""
         return finish(self.stream(*args, **kwargs))
 
-    def noise(self, shape: tuple[int, ...], generators: list[torch.Generator], shared: float = 0.0) -> torch.Tensor:
+    def noise(
+        self, shape: tuple[int, ...], generators: list[torch.Generator], shared: float = 0.0, frames: int = 1
+    ) -> torch.Tensor:
         """Draw standard normal noise, (generators, *shape), each row from its own generator.
 
         It is drawn on the CPU in the model's dtype, so that every device sees the same. `shared` is the share of the
-        variance that all frames of a clip, (channels, frames, height, width), have in common.
+        variance in [0, 1] that all frames of a clip have in common; they lie along axis `frames` of `shape`.
         """
         rows = [torch.randn((1, *shape), generator=generator, dtype=self.dtype) for generator in generators]
         noise = torch.cat(rows).to(self._execution_device)
         if shared:
-            channels, _, height, width = shape
-            noise = share_noise(noise, self.noise((channels, 1, height, width), generators), shared)
+            one = (*shape[:frames], 1, *shape[frames + 1 :])
+            noise = share_noise(noise, self.noise(one, generators), shared)
         return noise
 
 
 def share_noise(own: torch.Tensor, common: torch.Tensor, share: float) -> torch.Tensor:
-    """Return normal noise, (batch, channels, frames, height, width), that is partly the same in all frames of a clip.
+    """Return normal noise that is partly the same in all frames of a clip.
 
-    `own` is independent noise of that shape, `common` such noise of one frame a clip, and `share` in [0, 1] the part of
-    the variance that it has (the mixed noise model of arXiv 2305.10474).
+    `own` is independent noise of all frames and `common` such noise of one frame a clip, with one axis of frames in the
+    same place; `share` in [0, 1] is the part of the variance that the latter has (the mixed noise model of arXiv
+    2305.10474).
     """
     return (1 - share) ** 0.5 * own + share**0.5 * common
 

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 from show_1.models import UNet3DConditionModel
-from show_1.stages.denoise import Pause, Stage, Step, denoise, finish, fold, prepare, seeded, share_noise, unfold
+from show_1.stages.denoise import Pause, Stage, Step, denoise, finish, fold, prepare, seeded, unfold
 from show_1.text import TextEmbeddings, encode_clip
 from show_1.video import from_uint8, to_uint8
 
@@ -59,16 +59,15 @@ class LatentUpscalePipeline(Stage):
 
         Returns (prompts, 3, frames, height, width), about [−1, 1]; `clip` is (prompts, 3, frames, any height, any
         width) in [−1, 1]. A step's sample is in latents, for Show-1 (prompts, 4, frames, height / 8, width / 8);
-        `decode` shows it. `shared_noise` is as in the keyframes.
+        `decode` shows it. `shared_noise`, in [0, 1], is the share of the noise's variance that all frames have in
+        common: 0 for the released model.
         """
         scheduler = prepare(self.scheduler, steps, self._execution_device)
         timesteps = scheduler.timesteps[-int(steps * strength) :]
         generators, noisy = seeded(seed), []
         for one, generator in zip(clip, generators, strict=True):
             latents = yield from self._encode_frames(_resize(one[None], height, width), generator)
-            noise = self.noise(latents.shape, [generator])[0]
-            if shared_noise:
-                noise = share_noise(noise, self.noise(latents.shape[1:], [generator]), shared_noise)
+            noise = self.noise(latents.shape, [generator], shared_noise, frames=0)[0]
             noisy.append(scheduler.add_noise(latents, noise, timesteps[:1]))
         sample = torch.stack(noisy).transpose(1, 2)
         latents = yield from denoise(
