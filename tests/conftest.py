@@ -21,17 +21,19 @@ def tiny_cascade(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def one_step_cascade(tiny_cascade) -> Path:
-    """The tiny cascade with a single step in every stage, for what no number of steps would change."""
+    """The tiny cascade with one step in every stage and 9 frames, for what no number of them would change."""
     file = tiny_cascade.with_name("one-step.toml")
-    toml = re.sub(r"steps = \d+", "steps = 1", tiny_cascade.read_text()).replace("strength = 0.8", "strength = 1.0")
-    file.write_text(toml)
+    toml = re.sub(r"steps = \d+", "steps = 1", tiny_cascade.read_text())
+    file.write_text(toml.replace("strength = 0.8", "strength = 1.0").replace("frames = 8", "frames = 3"))
     return file
 
 
 @pytest.fixture(scope="module")
 def app(one_step_cascade, tmp_path_factory) -> Iterator[Server]:
-    with serve(one_step_cascade, tmp_path_factory.mktemp("app")) as server:
+    with serve(one_step_cascade, tmp_path_factory.mktemp("app"), "--mcp") as server:
         yield server
+        server.process.terminate()
+        assert server.process.wait(60) == 0
         assert "Traceback" not in server.log.read_text()
 
 

@@ -18,7 +18,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 MAIN = "tiny"  # the cascade of the first test: "tiny" for speed, or "mini", the default of people without a GPU
-SIZES = {"tiny": (18, 14), "mini": (288, 160)}
+SHAPES = {"tiny": (9, 18, 14), "mini": (29, 288, 160)}  # frames, width, height
 
 APP = Path(__file__).parents[1] / "app.py"
 STAGES = ["keyframes", "interpolation", "first frame", "pixel upscale", "latent upscale"]

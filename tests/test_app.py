@@ -1,16 +1,20 @@
 """The page, as people use it: one server and its visitors; see serving."""
 
+import asyncio
 import json
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
+import mcp
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
+from mcp.client.streamable_http import streamablehttp_client
 from playwright.sync_api import expect
 
 from show_1 import video
@@ -19,7 +23,7 @@ from tests.serving import (
     LONG,
     MAIN,
     PATIENCE,
-    SIZES,
+    SHAPES,
     STAGES,
     ask,
     asking,
@@ -46,7 +50,7 @@ def test_a_prompt_becomes_a_video_that_plays(main_app, browser):
         const note = () => said.push(status.querySelector("[role=status]")?.innerText);
         new MutationObserver(note).observe(status, {subtree: true, childList: true, characterData: true});
     }""")
-    ask(page, "a panda jumping in the snow", keyframes="40")
+    ask(page, "a panda jumping in the snow", keyframes="100")
     # While it runs: percent and time left, a preview that moves on, and the clips of the stages that are done.
     wait_for(page, "Stage 1 of 5: keyframes")
     page.wait_for_function("() => /About .* left/.test(document.querySelector('#progress')?.innerText)")
@@ -67,16 +71,17 @@ def test_a_prompt_becomes_a_video_that_plays(main_app, browser):
     player = page.locator("#screen video")
     page.wait_for_function("() => document.querySelector('#screen video')?.currentTime > 0.2", timeout=30_000)
     assert player.evaluate("video => video.readyState") >= 2
-    assert player.evaluate("video => [video.videoWidth, video.videoHeight]") == list(SIZES[MAIN])
+    frames, *size = SHAPES[MAIN]
+    assert player.evaluate("video => [video.videoWidth, video.videoHeight]") == size
     assert player.evaluate("video => video.currentSrc").startswith(main_app.url)
-    assert 29 / 8 - 0.01 < player.evaluate("video => video.duration") < 29 / 8 + 0.01
+    assert abs(player.evaluate("video => video.duration") - frames / 8) < 0.01
 
     # It is the file in the output folder, which can be taken away in two forms.
     (file,) = main_app.videos()
     assert file.name.startswith("a-panda-jumping-in-the-snow-")
     settings = video.read_metadata(file)
     assert settings["prompt"] == "a panda jumping in the snow"
-    assert settings["cascade"]["keyframes"]["steps"] == 40
+    assert settings["cascade"]["keyframes"]["steps"] == 100
     for name, beginning in (("Download MP4", file.read_bytes()), ("Download GIF", b"GIF8")):
         with page.expect_download() as download:
             page.get_by_role("link", name=name).click()
@@ -337,3 +342,30 @@ def test_plain_http(app):
     assert shares == sorted(shares) and shares[-1] == 1
     stages = [step[1] for each in told if (step := re.match(r"Stage \d of 5: ([a-z ]+), step", each["text"]))]
     assert stages == sorted(stages, key=STAGES.index)
+
+
+def test_a_tool_for_assistants(app):
+    async def use(url: str):
+        told = []
+
+        async def note(progress, total, message):
+            told.append(message)
+
+        async with (
+            streamablehttp_client(f"{url}/gradio_api/mcp/") as (read, write, _),
+            mcp.ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            tools = (await session.list_tools()).tools
+            result = await session.call_tool(tools[0].name, {"prompt": "a cat", "seed": "7"}, progress_callback=note)
+            return tools, result, told
+
+    before = app.videos()
+    with ThreadPoolExecutor() as elsewhere:  # Playwright has an event loop running in this thread
+        (tool,), result, told = elsewhere.submit(asyncio.run, use(app.url)).result(PATIENCE)
+    assert "video" in tool.description and tool.inputSchema["required"] == ["prompt"]
+    assert not result.isError, result
+    assert any("Stage" in message for message in told if message), told
+    url = re.search(r"http://127\S+\.mp4", " ".join(part.text for part in result.content))[0]
+    (file,) = app.videos() - before
+    assert urlopen(url).read() == file.read_bytes()

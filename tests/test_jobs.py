@@ -28,12 +28,12 @@ calibration = ""  # what the first test has measured: to measure is not what the
 
 
 @contextmanager
-def jobs_in(folder, tiny_cascade, limit=12):
+def jobs_in(folder, cascade, limit=12):
     global calibration
     if calibration:
         folder.mkdir(exist_ok=True)
         (folder / "calibration.json").write_text(calibration)
-    jobs = Jobs(Cascade.load(tiny_cascade), CPU, folder, limit)
+    jobs = Jobs(Cascade.load(cascade), CPU, folder, limit)
     jobs.start()
     try:
         yield jobs
@@ -44,8 +44,8 @@ def jobs_in(folder, tiny_cascade, limit=12):
 
 
 @pytest.fixture
-def jobs(tiny_cascade, tmp_path):
-    with jobs_in(tmp_path, tiny_cascade) as jobs:
+def jobs(one_step_cascade, tmp_path):
+    with jobs_in(tmp_path, one_step_cascade) as jobs:
         yield jobs
 
 
@@ -65,7 +65,7 @@ def test_a_job_leaves_a_video_clips_a_gif_and_a_record(jobs, tmp_path):
     assert (settings["prompt"], settings["seed"], settings["cascade"]["keyframes"]["steps"]) == ("a cat", 7, 2)
     assert job.settings == {key: value for key, value in settings.items() if key != "program"}
     assert list(job.clips) == list(STAGES[:-1])
-    for stage, frames in (("keyframes", 8), ("interpolation", 29), ("pixel_upscale", 29)):
+    for stage, frames in (("keyframes", 3), ("interpolation", 9), ("pixel_upscale", 9)):
         file = jobs.place(job) / job.clips[stage]
         assert len(video.read_frames(file)) == frames
     until((jobs.place(job) / "video.gif").is_file)
@@ -218,7 +218,7 @@ def test_stop_keeps_the_last_clip_as_the_result(jobs):
     assert (job.state, job.fault) == (STOPPED, "")
     assert job.settings["stopped_after"] == "interpolation"
     assert video.read_metadata(jobs.result(job))["seed"] == 7
-    assert len(video.read_frames(jobs.result(job))) == 29
+    assert len(video.read_frames(jobs.result(job))) == 9
 
 
 def test_turns_are_fair_and_the_queue_is_bounded(tiny_cascade, tmp_path):
@@ -277,9 +277,9 @@ def test_bad_input_is_refused_in_two_sentences(tiny_cascade, tmp_path, prompt, s
     assert not jobs.of("me") and not list(tmp_path.iterdir())
 
 
-def test_odd_prompts_are_kept_as_they_are(one_step_cascade, jobs):
+def test_odd_prompts_are_kept_as_they_are(jobs):
     prompts = ["قطة تقفز في الثلج", "🐼 in the ❄️", "one\ntwo\tthree", "<script>alert(1)</script> ../../etc\0/passwd"]
-    made = [jobs.submit("me", prompt, preset="one-step") for prompt in prompts]
+    made = [jobs.submit("me", prompt) for prompt in prompts]
     for job, prompt in zip(made, prompts, strict=True):
         until(lambda job=job: job.ended)
         assert job.state == DONE, job.fault
@@ -298,15 +298,15 @@ def test_a_failure_in_a_stage_ends_its_job_and_not_the_queue(jobs, monkeypatch):
         return real(self, *arguments, **options)
 
     monkeypatch.setattr(UNet3DConditionModel, "forward", broken)
-    first, second = jobs.submit("me", "a cat"), jobs.submit("me", "a dog")
+    first, second = jobs.submit("me", "a cat", changes={"interpolation": {"steps": 2}}), jobs.submit("me", "a dog")
     until(lambda: second.ended)
     assert first.state == FAILED and first.fault.startswith("Making this video failed; ")
     assert (first.stage, first.step) == ("interpolation", 1)
     assert second.state == DONE
 
 
-def test_the_output_folder_may_go_and_come(tiny_cascade, tmp_path):
-    with jobs_in(tmp_path / "outputs", tiny_cascade) as jobs:
+def test_the_output_folder_may_go_and_come(one_step_cascade, tmp_path):
+    with jobs_in(tmp_path / "outputs", one_step_cascade) as jobs:
         job = jobs.submit("me", "a cat", None, LONG)
         until(lambda: job.step)
         for file in sorted((tmp_path / "outputs").rglob("*"), reverse=True):
@@ -356,12 +356,12 @@ def test_a_full_disk_ends_a_job_with_a_sentence_and_leaves_nothing_half_written(
         assert second.state == DONE, second.fault
 
 
-def test_models_that_do_not_load_are_told_and_tried_again(tiny_cascade, tmp_path, monkeypatch):
+def test_models_that_do_not_load_are_told_and_tried_again(one_step_cascade, tmp_path, monkeypatch):
     real = Show1Pipeline.from_cascade
     monkeypatch.setattr(
         Show1Pipeline, "from_cascade", lambda *_, **__: (_ for _ in ()).throw(Show1Error("Gated.", "Log in."))
     )
-    with jobs_in(tmp_path, tiny_cascade) as jobs:
+    with jobs_in(tmp_path, one_step_cascade) as jobs:
         first = jobs.submit("me", "a cat")
         until(lambda: first.ended)
         assert (first.state, first.fault) == (FAILED, "Gated. Log in.")
