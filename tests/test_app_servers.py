@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from playwright.sync_api import expect
 
 from show_1 import video
@@ -127,13 +128,14 @@ def test_mini_is_offered_while_the_models_are_fetched(tiny_cascade, tmp_path, br
 
 
 @needs_chromium
-def test_one_ctrl_c_ends_all(tiny_cascade, tmp_path, browser):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_one_ctrl_c_ends_all(tiny_cascade, tmp_path, browser, how):
     with serve(tiny_cascade, tmp_path) as server:
         page = visit(browser, server)
         asking(page, "a cat", **LONG)
         wait_for_step(page, 1)
         started = time.monotonic()
-        server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(how)
         assert server.process.wait(60) == 0
         assert time.monotonic() - started < 20
         page.close()

@@ -122,19 +122,14 @@ def test_prompts_in_a_batch_get_what_they_would_get_alone(one_step_cascade, tmp_
     assert (videos[0].tensors["video"] - videos[2].tensors["video"]).abs().max() > 1e-2  # the same seed, another prompt
 
 
-SHORT_MINI = ["keyframes.frames=2", "latent_upscale.height=40", "latent_upscale.width=72"] + [
-    f"{stage}.steps={steps}"
-    for stage, steps in {"keyframes": 2, "interpolation": 1, "first_frame": 1, "pixel_upscale": 1}.items()
-]
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_mini_in_half_precision_is_within_40_db(dtype):
     """On five small frames, in few steps, as many CPUs compute in these ten times slower.
 
     Mini's networks are trained, and so not chaotic as random ones are.
     """
-    cascade = Cascade.load("mini").override(SHORT_MINI)
+    short = ["keyframes.frames=2", "keyframes.steps=2", "latent_upscale.height=40", "latent_upscale.width=72"]
+    cascade = Cascade.load("mini").override(short)
     try:
         half = Show1Pipeline.from_cascade(cascade, "cpu", dtype)("a panda jumping in the snow", seed=1)
     except Show1Error as error:
