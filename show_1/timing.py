@@ -40,8 +40,8 @@ class Cost:
         return self.setup + steps * self.step + self.finish
 
 
-# Measured with mini on a CPU in float32, in steps of its keyframes. They only bridge the time until this device's own are
-# known: where it is slow and somebody waits, the short video is broken off before its last stage.
+# Measured with mini on a CPU in float32, in steps of its keyframes. They only bridge the time until this device's own
+# are known: where it is slow and somebody waits, the short video is broken off before its last stage.
 RELATIVE = {
     "prompt": Cost(0, 0, 0.3),
     "keyframes": Cost(0, 1, 0),
