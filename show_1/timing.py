@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -145,6 +146,7 @@ class Forecast:
         self.calibrated = costs is not None
         self.costs = costs or RELATIVE
         self.steps = dict.fromkeys(PHASES, 0) | stage_steps(cascade)
+        self.shares = {stage: _shares(cascade, stage) for stage in STAGES}
         self.total = sum(self.costs[phase].total(steps) for phase, steps in self.steps.items())
         self.began = self.paced_since = now
         self.expected = 0.0  # what the costs say for all that is done since `paced_since`
@@ -187,8 +189,9 @@ class Forecast:
             if ahead:
                 stage_pace = (self.timed + 2 * pace * cost.step) / ((self.timed_steps + 2) * cost.step)
                 setup = 0 if self.done else cost.setup * pace
-                current = cost.step * stage_pace + setup
-                rest += ahead * cost.step * stage_pace + setup
+                shares = [self._share(number) for number in range(self.done, self.steps[self.phase])]
+                current = shares[0] * cost.step * stage_pace + setup
+                rest += sum(shares) * cost.step * stage_pace + setup
             else:
                 current = rest
         for phase in PHASES[self.reached :]:
@@ -199,26 +202,32 @@ class Forecast:
     def _begin(self, phase: str, now: float) -> None:
         self.phase: str | None = phase
         self.done = 0  # steps of this phase
-        self.timed, self.timed_steps = 0.0, 0  # its steps but the first, which also bears the setup
+        self.timed, self.timed_steps = 0.0, 0  # as if all were alike: its steps but the first, which bears the setup
         self.first = 0.0
         self.reached = PHASES.index(phase) + 1  # how many phases have begun
         self.last = now
 
     def _step(self, now: float) -> None:
-        cost = self.costs[self.phase]
-        self.expected += cost.step + (0 if self.done else cost.setup)
+        cost, share = self.costs[self.phase], self._share(self.done)
+        self.expected += share * cost.step + (0 if self.done else cost.setup)
         if self.done:
-            self.timed += now - self.last
+            self.timed += (now - self.last) / share
             self.timed_steps += 1
         else:
             self.first = now - self.last
         self.done += 1
         self.last = now
 
+    def _share(self, number: int) -> float:
+        """Return what the step of this number takes, relative to this stage's mean step."""
+        shares = self.shares[self.phase]
+        return shares[number % len(shares)]  # a stage of several windows goes through its steps in each
+
     def _end(self, now: float) -> tuple[str, Cost]:
         self.expected += self.costs[self.phase].finish
-        step = self.timed / self.timed_steps if self.timed_steps else self.first
-        ended = self.phase, Cost(max(self.first - step, 0.0), step, now - self.last)
+        share = self._share(0) if self.steps[self.phase] else 1.0
+        step = self.timed / self.timed_steps if self.timed_steps else self.first / share
+        ended = self.phase, Cost(max(self.first - share * step, 0.0), step, now - self.last)
         self.last, self.phase = now, None
         return ended
 
@@ -231,7 +240,9 @@ def rehearse(pipeline: Show1Pipeline, calibration: Calibration) -> Iterator[floa
         for event in pipeline.with_cascade(cascade).stream("a cat", seed=0, path=Path(folder, "video.mp4")):
             wait_for(device)
             if learned := forecast.follow(event, time.monotonic()):
-                calibration.learn(pipeline.cascade, *learned)
+                phase, cost = learned
+                more = _work(pipeline.cascade, phase) / _work(cascade, phase)  # so few steps may be guided more often
+                calibration.learn(pipeline.cascade, phase, dataclasses.replace(cost, step=more * cost.step))
             if (left := forecast.left(time.monotonic())) is not None:
                 yield left
 
@@ -296,8 +307,20 @@ def _work(cascade: Cascade, phase: str) -> float:
     """Return how many whole calls of its UNet for one clip a step of a stage is worth, on average."""
     if phase not in STAGES:
         return 1.0
-    table = getattr(cascade, phase)
+    reuse = getattr(getattr(cascade, phase), "reuse", None) or 1
+    return fmean(_calls(cascade, phase)) * (1 + (reuse - 1) * (1 - DEEP)) / reuse
+
+
+def _shares(cascade: Cascade, stage: str) -> list[float]:
+    """Return what each step of a stage takes, relative to their mean: under guidance twice what it does without."""
+    calls = _calls(cascade, stage)
+    return [number / fmean(calls) for number in calls]
+
+
+def _calls(cascade: Cascade, stage: str) -> list[int]:
+    """Return for how many clips each step of a stage calls its UNet, as if its timesteps were evenly spaced."""
+    table = getattr(cascade, stage)
     low, high = table.guidance_interval or (0, 999)
-    calls = 1 + (high - low + 1) / 1000 if table.guidance > 1 else 1.0
-    reuse = getattr(table, "reuse", None) or 1
-    return calls * (1 + (reuse - 1) * (1 - DEEP)) / reuse
+    timesteps = [round(999 * (1 - number / table.steps)) for number in range(table.steps)]
+    taken = timesteps[-int(table.steps * getattr(table, "strength", 1)) :]
+    return [2 if table.guidance > 1 and low <= timestep <= high else 1 for timestep in taken]

@@ -375,20 +375,26 @@ def test_models_that_do_not_load_are_told_and_tried_again(one_step_cascade, tmp_
 # ---------------------------------------------------------------------------------------------------------- the time
 
 
-def simulate(cascade, real, costs, pace=1.0):
-    """Return (time, left) at each event of a video whose phases cost what `real` says, and how long it took."""
+def simulate(cascade, real, costs, pace=1.0, calls=None):
+    """Return (time, left) at each event of a video whose phases cost what `real` says, and how long it took.
+
+    `calls` says for stages whose steps are not alike for how many clips each step calls the UNet.
+    """
     clock, told = 0.0, []
     forecast = Forecast(cascade, costs, clock)
     clock += pace * real["prompt"].finish
     for stage, steps in stage_steps(cascade).items():
         forecast.follow(StageStart(stage, steps), clock)
+        each = (calls or {}).get(stage, [1] * steps)
         for number in range(steps):
-            clock += pace * (real[stage].step + (0 if number else real[stage].setup))
+            share = each[number] * steps / sum(each)
+            clock += pace * (share * real[stage].step + (0 if number else real[stage].setup))
             forecast.follow(StepDone(stage, number + 1, steps, None), clock)
             told.append((clock, forecast.left(clock)))
         clock += pace * real[stage].finish
         phase, cost = forecast.follow(Clip(stage, None), clock)
         assert phase == stage
+        assert steps == 1 or cost.step == pytest.approx(pace * real[stage].step)
         told.append((clock, forecast.left(clock)))
     assert cost.finish == pytest.approx(pace * real[STAGES[-1]].finish)
     clock += pace * real["file"].finish
@@ -412,6 +418,15 @@ def test_without_costs_the_first_steps_tell_the_pace():
     real = {phase: Cost(7 * cost.setup, 7 * cost.step, 7 * cost.finish) for phase, cost in RELATIVE.items()}
     told, total = simulate(cascade, real, None)
     assert told[3][1] == pytest.approx(total - told[3][0], rel=0.05)
+
+
+def test_a_guided_step_counts_twice():
+    """With costs and a pace that are right the time left is right at each step, guided or not."""
+    cascade = Cascade.load("mini").override(["keyframes.guidance_interval=[500, 999]"])
+    calls = {"keyframes": [2] * 7 + [1] * 5}  # its twelve timesteps: 999, 916, … 500, and 416, … 83
+    told, total = simulate(cascade, RELATIVE, RELATIVE, calls=calls)
+    for clock, left in told:
+        assert left == pytest.approx(total - clock, rel=0.01, abs=0.01)
 
 
 def test_what_one_preset_costs_is_known_from_another():
