@@ -180,6 +180,13 @@ def test_stop_here_keeps_the_clip(app, browser):
     before = app.videos()
     ask(page, "a cat", interpolation="900")
     wait_for(page, "Stage 2 of 5")
+    cancel, stop = (page.get_by_role("button", name=name, exact=True) for name in ("Cancel", "Stop here"))
+    expect(stop).to_be_visible()
+    place, toggle = cancel.bounding_box(), "document.querySelector('#stop').toggleAttribute('data-shown')"
+    page.evaluate(toggle)
+    expect(stop).not_to_be_visible()
+    assert cancel.bounding_box() == place  # so that nobody who aims at the one hits the other
+    page.evaluate(toggle)
     press(page, "Stop here")
     wait_for(page, "Stopped after the keyframes")
     page.wait_for_function("() => document.querySelector('#screen video')?.currentTime > 0.2")

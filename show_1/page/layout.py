@@ -162,11 +162,11 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
                     _html("<p class='note'>Mini, a small stand-in that comes with the program, runs meanwhile.</p>")
                     offer_button = gr.Button("Use Mini meanwhile", size="sm", min_width=140)
                 with gr.Row(elem_id="at_work", elem_classes=["actions", "on-demand"]):
+                    cancel_button = gr.Button("Cancel", variant="stop", size="sm", min_width=90)
+                    notify_button = gr.Button("Notify me", size="sm", min_width=90)
                     stop_button = gr.Button(
                         "Stop here", size="sm", min_width=90, elem_id="stop", elem_classes="on-demand"
                     )
-                    cancel_button = gr.Button("Cancel", variant="stop", size="sm", min_width=90)
-                    notify_button = gr.Button("Notify me", size="sm", min_width=90)
                 _part("downloads")
                 with gr.Column(elem_id="ended", elem_classes="on-demand"):
                     with gr.Row(elem_classes="actions"):
