@@ -146,7 +146,7 @@ class Forecast:
         self.calibrated = costs is not None
         self.costs = costs or RELATIVE
         self.steps = dict.fromkeys(PHASES, 0) | stage_steps(cascade)
-        self.shares = {stage: _shares(cascade, stage) for stage in STAGES}
+        self.shares = {phase: _shares(cascade, phase) for phase in PHASES}
         self.total = sum(self.costs[phase].total(steps) for phase, steps in self.steps.items())
         self.began = self.paced_since = now
         self.expected = 0.0  # what the costs say for all that is done since `paced_since`
@@ -219,13 +219,13 @@ class Forecast:
         self.last = now
 
     def _share(self, number: int) -> float:
-        """Return what the step of this number takes, relative to this stage's mean step."""
+        """Return what the step of this number takes, relative to this phase's mean step."""
         shares = self.shares[self.phase]
         return shares[number % len(shares)]  # a stage of several windows goes through its steps in each
 
     def _end(self, now: float) -> tuple[str, Cost]:
         self.expected += self.costs[self.phase].finish
-        share = self._share(0) if self.steps[self.phase] else 1.0
+        share = self._share(0)
         step = self.timed / self.timed_steps if self.timed_steps else self.first / share
         ended = self.phase, Cost(max(self.first - share * step, 0.0), step, now - self.last)
         self.last, self.phase = now, None
@@ -304,22 +304,22 @@ def _place(cascade: Cascade, phase: str) -> str:
 
 
 def _work(cascade: Cascade, phase: str) -> float:
-    """Return how many whole calls of its UNet for one clip a step of a stage is worth, on average."""
-    if phase not in STAGES:
-        return 1.0
-    reuse = getattr(getattr(cascade, phase), "reuse", None) or 1
+    """Return how many whole calls of its UNet for one clip a step of a phase is worth, on average."""
+    reuse = getattr(getattr(cascade, phase, None), "reuse", None) or 1
     return fmean(_calls(cascade, phase)) * (1 + (reuse - 1) * (1 - DEEP)) / reuse
 
 
-def _shares(cascade: Cascade, stage: str) -> list[float]:
-    """Return what each step of a stage takes, relative to their mean: under guidance twice what it does without."""
-    calls = _calls(cascade, stage)
+def _shares(cascade: Cascade, phase: str) -> list[float]:
+    """Return what each step of a phase takes, relative to their mean: under guidance twice what it does without."""
+    calls = _calls(cascade, phase)
     return [number / fmean(calls) for number in calls]
 
 
-def _calls(cascade: Cascade, stage: str) -> list[int]:
-    """Return for how many clips each step of a stage calls its UNet, as if its timesteps were evenly spaced."""
-    table = getattr(cascade, stage)
+def _calls(cascade: Cascade, phase: str) -> list[int]:
+    """Return for how many clips each step of a phase calls its UNet, as if its timesteps were evenly spaced."""
+    if phase not in STAGES:
+        return [1]
+    table = getattr(cascade, phase)
     low, high = table.guidance_interval or (0, 999)
     timesteps = [round(999 * (1 - number / table.steps)) for number in range(table.steps)]
     taken = timesteps[-int(table.steps * getattr(table, "strength", 1)) :]

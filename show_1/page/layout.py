@@ -164,9 +164,7 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
                 with gr.Row(elem_id="at_work", elem_classes=["actions", "on-demand"]):
                     cancel_button = gr.Button("Cancel", variant="stop", size="sm", min_width=90)
                     notify_button = gr.Button("Notify me", size="sm", min_width=90)
-                    stop_button = gr.Button(
-                        "Stop here", size="sm", min_width=90, elem_id="stop", elem_classes="on-demand"
-                    )
+                    stop_button = gr.Button("Stop here", size="sm", min_width=90, elem_id="stop")
                 _part("downloads")
                 with gr.Column(elem_id="ended", elem_classes="on-demand"):
                     with gr.Row(elem_classes="actions"):
