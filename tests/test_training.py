@@ -71,6 +71,47 @@ def _meet_once(rank: int, meeting: str, folder) -> None:
     torch.save({"weights": weights.detach(), "seconds": seconds}, folder / f"{rank}.pt")
 
 
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_muon_trains_convolutions_as_matrices_and_goes_on(memory):
+    """Eight steps in a row, in both orders of memory, end where four steps and four after a checkpoint end."""
+    torch.manual_seed(0)
+    layers = (lambda: torch.nn.Conv2d(32, 48, 3), torch.nn.GELU, lambda: torch.nn.Conv2d(48, 3, 1))
+    start = torch.nn.Sequential(*(layer() for layer in layers)).state_dict()
+    pictures = torch.randn(4, 32, 6, 6)
+
+    def new() -> tuple[torch.nn.Module, list[torch.optim.Optimizer]]:
+        model = torch.nn.Sequential(*(layer() for layer in layers))
+        model.load_state_dict(start)
+        model.to(memory_format=memory)
+        return model, train.optimizers_of(train.Stage({"unet": model}, None, None, {}, muon=True))
+
+    def step(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> float:
+        model.zero_grad()
+        loss = (model(pictures) - pictures[:, :3, 1:5, 1:5]).square().mean()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        return loss.item()
+
+    whole, optimizers = new()
+    adamw, muon = optimizers
+    assert [parameter.shape for parameter in muon.param_groups[0]["params"]] == [(48, 32 * 9)]
+    assert len(adamw.param_groups[0]["params"]) == 3  # the last layer, and what is no matrix
+    losses = [step(whole, optimizers) for _ in range(8)]
+    assert losses == sorted(losses, reverse=True)
+    before, earlier = new()
+    for _ in range(4):
+        step(before, earlier)
+    after, later = new()
+    after.load_state_dict(before.state_dict())
+    for one, other in zip(later, earlier, strict=True):
+        one.load_state_dict(other.state_dict())
+    assert [step(after, later) for _ in range(4)] == pytest.approx(losses[4:])
+    moved = whole[0].weight.detach() - start["0.weight"]
+    spread = torch.linalg.svdvals(moved.flatten(1))
+    assert spread.median() > spread[0] / 2  # most directions move alike, which is what Muon is for
+
+
 def test_a_full_disk_loses_nothing(folders, monkeypatch):
     train.run("text", 0.05, 0, CPU)
     before = {name: (folders / name).read_bytes() for name in _files(folders) if not name.endswith("jsonl")}

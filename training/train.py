@@ -67,6 +67,7 @@ PIXEL_WEIGHT = 20.0  # of the latent upscale's error in decoded pixels, which ar
 REDRAWN = 0.4  # of an upscaler's batches, so many show what the stages before it draw, and the others true frames
 NOISED = 60  # where the noise levels of an upscaler's condition end; mini's are 20 for the first frame and 0 after it
 OBJECT_WEIGHT = 3.0  # an error on an object counts for so much more than one on the place behind it
+KEYFRAME_OBJECT_WEIGHT = 8.0  # where they are made up: at 3 they lost their features (measured)
 
 NOISE = models.image_noising_scheduler()  # one schedule for all: alpha and sigma of each of its 1000 levels
 ALPHA = NOISE.alphas_cumprod.sqrt()
@@ -167,10 +168,12 @@ def _strewn(rng: np.random.Generator, caption: str) -> str:
     return " ".join(words)
 
 
-def _painted(scenes: list[world.Scene], size: tuple[int, int], times: torch.Tensor) -> dict:
+def _painted(
+    scenes: list[world.Scene], size: tuple[int, int], times: torch.Tensor, object_weight: float = OBJECT_WEIGHT
+) -> dict:
     """Return clips and how much each pixel's error counts, (batch, 1, frames, height, width)."""
     clips = world.render(scenes, *size, times, coverage=True)
-    return {"clean": clips[:, :3], "weight": 1 + (OBJECT_WEIGHT - 1) * clips[:, 3:]}
+    return {"clean": clips[:, :3], "weight": 1 + (object_weight - 1) * clips[:, 3:]}
 
 
 def _cut(rng: np.random.Generator, batch: dict, side: int) -> dict:
@@ -199,8 +202,8 @@ def pictures(rng: np.random.Generator, scale: int = 1, count: int = 20, chances:
     """Whole frames: from squares of them the model learns to put the thing that is asked for into every square."""
     scenes, captions = _scenes(rng, count * scale, chances)
     times = _moments(rng, scenes)
-    painted = {key: value[:, :, 0] for key, value in _painted(scenes, SMALL, times).items()}
-    return painted | {"captions": captions}
+    painted = _painted(scenes, SMALL, times, KEYFRAME_OBJECT_WEIGHT)
+    return {key: value[:, :, 0] for key, value in painted.items()} | {"captions": captions}
 
 
 def _moments(rng: np.random.Generator, scenes: list[world.Scene]) -> torch.Tensor:
@@ -212,7 +215,8 @@ def keyframe_clips(rng: np.random.Generator, scale: int = 1) -> dict:
     """A batch of clips, and of pictures: many more things are seen so in the time that clips alone would take."""
     scenes, captions = _scenes(rng, 4 * scale)
     stills = pictures(rng, scale, 16, picture_chances())
-    return _painted(scenes, SMALL, KEYFRAME_TIMES) | {"captions": captions, "pictures": stills}
+    clips = _painted(scenes, SMALL, KEYFRAME_TIMES, KEYFRAME_OBJECT_WEIGHT)
+    return clips | {"captions": captions, "pictures": stills}
 
 
 @functools.cache
@@ -387,6 +391,10 @@ def around(middle: float, spread: float) -> Callable[[int], torch.Tensor]:
     return lambda count: (1000 * torch.sigmoid(middle + spread * torch.randn(count))).long().clamp(0, 999)
 
 
+# What things look like is decided, and was lost, in little noise (measured from true pictures noised to each level).
+PICTURE_LEVELS = around(-0.6, 1.0)
+
+
 def of_sampler(steps: int) -> Callable[[int], torch.Tensor]:
     """Return what draws the noise levels at which a sampler of few steps looks, one as often as another."""
     scheduler = models.scheduler(thresholding=False)
@@ -514,6 +522,7 @@ class Stage:
     folders: dict[str, str]  # model name → folder under show_1/mini, where the result is saved
     finish: Callable[[dict[str, nn.Module]], None] = lambda trained: None  # last touches before each saving
     sample: Callable[[dict[str, nn.Module], dict], torch.Tensor] | None = None  # what the models make of a batch
+    muon: bool = False  # whether Muon trains the matrices, see `optimizers`
 
     def evaluate(self, models: dict[str, nn.Module], device: torch.device, batches: int = 4) -> float:
         """Return the loss on the same few batches each time, which training does not see, with the same noise."""
@@ -641,7 +650,8 @@ def pixel_stage(
 def pictures_stage(device: torch.device) -> Stage:
     unet = models.picture_unet("keyframes")
     _start_from(unet, MINI / "show-1-base" / "unet")
-    return pixel_stage(unet, pictures, "../../training/runs/pictures", device, around(0.4, 1.2), steps=12)
+    stage = pixel_stage(unet, pictures, "../../training/runs/pictures", device, PICTURE_LEVELS, steps=12)
+    return dataclasses.replace(stage, muon=True)
 
 
 def paths_stage(device: torch.device) -> Stage:
@@ -823,10 +833,10 @@ def keyframes_stage(device: torch.device) -> Stage:
     unet = models.video_unet("keyframes")
     _start_from(unet, MINI / "show-1-base" / "unet")
     # Where things are and go is decided in much noise: clips teach that, and pictures what things look like.
-    levels, shared = around(1.0, 1.4), Cascade.load("mini").keyframes.shared_noise
+    levels, shared = around(0.4, 1.6), Cascade.load("mini").keyframes.shared_noise
     weights = {"movement_weight": 3, "shared_noise": shared}
     stage = pixel_stage(unet, keyframe_clips, "show-1-base/unet", device, levels, steps=12, **weights)
-    return with_pictures(stage, "keyframes", device, around(0.4, 1.2))
+    return dataclasses.replace(with_pictures(stage, "keyframes", device, PICTURE_LEVELS), muon=True)
 
 
 def with_pictures(
@@ -1019,7 +1029,7 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
             _attend_plainly(model)
     average = {key: copy.deepcopy(model).requires_grad_(False) for key, model in stage.models.items()}
     parameters = [parameter for model in stage.models.values() for parameter in model.parameters()]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99))
+    optimizers = optimizers_of(stage)
     checkpoint = RUNS / f"{name}.pt"
     step, seconds = 0, 0.0
     if checkpoint.exists():
@@ -1028,7 +1038,8 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
             for key in stage.models:
                 stage.models[key].load_state_dict(state["models"][key])
                 average[key].load_state_dict(state["average"][key])
-            optimizer.load_state_dict(state["optimizer"])
+            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
             step, seconds = state["step"], state["seconds"]
         except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
             raise Show1Error(
@@ -1051,12 +1062,14 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
     for batch in batches:
         share = min(seconds / (minutes * 60), 1)
         loss = stage.loss(stage.models, batch)
-        optimizer.zero_grad()
+        for parameter in parameters:
+            parameter.grad = None
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 50) * (1 - 0.95 * share)  # warm up, then fall
-        optimizer.step()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1, (step + 1) / 50) * (1 - 0.95 * share)  # warm up, then fall
+            optimizer.step()
         step += 1
         _move_average(average, stage.models, min(0.998, step / (step + 10)))
         losses.append(loss.detach())
@@ -1069,7 +1082,7 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
             state = {
                 "models": {key: model.state_dict() for key, model in stage.models.items()},
                 "average": {key: model.state_dict() for key, model in average.items()},
-                "optimizer": optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "step": step,
                 "seconds": seconds,
             }
@@ -1092,6 +1105,38 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
             break
     if distributed.is_initialized():
         distributed.barrier()  # the next stage starts from what has just been saved
+
+
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon (kellerjordan.github.io/posts/muon) for convolutions too: as matrices, a row an output channel."""
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.parameters = parameters
+        matrices = [nn.Parameter(parameter.detach().flatten(1)) for parameter in parameters]
+        super().__init__(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self) -> None:
+        pairs = list(zip(self.param_groups[0]["params"], self.parameters, strict=True))
+        for matrix, parameter in pairs:
+            matrix.data = parameter.flatten(1)  # a view, or where it is channels-last a copy
+            matrix.grad = parameter.grad.flatten(1)
+        super().step()
+        for matrix, parameter in pairs:
+            parameter.copy_(matrix.view_as(parameter))
+
+
+def optimizers_of(stage: Stage) -> list[torch.optim.Optimizer]:
+    """Return what trains a stage: AdamW, and Muon for the matrices where the stage wants it.
+
+    Muon needs two thirds of AdamW's updates (measured with the keyframes' pictures), which are 1.2 times as long.
+    """
+    parameters = [parameter for model in stage.models.values() for parameter in model.parameters()]
+    matrices = [p for p in parameters if stage.muon and p.ndim > 1 and min(len(p), p[0].numel()) > 3 * 3**2]
+    kept = {id(parameter) for parameter in matrices}
+    others = [parameter for parameter in parameters if id(parameter) not in kept]
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.99))
+    return [adamw, Muon(matrices)] if matrices else [adamw]
 
 
 def _attend_plainly(model: nn.Module) -> None:
