@@ -83,7 +83,7 @@ def test_muon_trains_convolutions_as_matrices_and_goes_on(memory):
         model = torch.nn.Sequential(*(layer() for layer in layers))
         model.load_state_dict(start)
         model.to(memory_format=memory)
-        return model, train.optimizers_of(train.Stage({"unet": model}, None, None, {}, muon=True))
+        return model, train.optimizers_of(list(model.parameters()), muon=True)
 
     def step(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> float:
         model.zero_grad()

@@ -518,7 +518,7 @@ class Stage:
     folders: dict[str, str]  # model name → folder under show_1/mini, where the result is saved
     finish: Callable[[dict[str, nn.Module]], None] = lambda trained: None  # last touches before each saving
     sample: Callable[[dict[str, nn.Module], dict], torch.Tensor] | None = None  # what the models make of a batch
-    muon: bool = False  # whether Muon trains the matrices, see `optimizers`
+    muon: bool = False  # whether Muon trains the matrices, see `optimizers_of`
 
     def evaluate(self, models: dict[str, nn.Module], device: torch.device, batches: int = 4) -> float:
         """Return the loss on the same few batches each time, which training does not see, with the same noise."""
@@ -629,6 +629,7 @@ def pixel_stage(
     device: torch.device,
     draw_levels: Callable[[int], torch.Tensor],
     steps: int = 1,
+    muon: bool = False,
     **weights: float,
 ) -> Stage:
     """A UNet that predicts pixels; `steps` are those that its sample sheets are drawn in, `weights` velocity_loss's."""
@@ -640,14 +641,14 @@ def pixel_stage(
     def sample(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
         return draw(trained["unet"], read(batch), batch, steps, weights.get("shared_noise", 0.0))
 
-    return Stage({"unet": unet}, batches, loss, {"unet": folder}, sample=sample)
+    return Stage({"unet": unet}, batches, loss, {"unet": folder}, sample=sample, muon=muon)
 
 
 def pictures_stage(device: torch.device) -> Stage:
     unet = models.picture_unet("keyframes")
     _start_from(unet, MINI / "show-1-base" / "unet")
-    stage = pixel_stage(unet, pictures, "../../training/runs/pictures", device, around(0.0, 1.6), steps=12)
-    return dataclasses.replace(stage, muon=True)
+    levels = around(0.0, 1.6)
+    return pixel_stage(unet, pictures, "../../training/runs/pictures", device, levels, steps=12, muon=True)
 
 
 def paths_stage(device: torch.device) -> Stage:
@@ -833,8 +834,8 @@ def keyframes_stage(device: torch.device) -> Stage:
     # on from there it named 80 %, of drawn ones 68 %): pictures teach that.
     levels, shared = around(0.4, 1.6), Cascade.load("mini").keyframes.shared_noise
     weights = {"movement_weight": 3, "shared_noise": shared}
-    stage = pixel_stage(unet, keyframe_clips, "show-1-base/unet", device, levels, steps=12, **weights)
-    return dataclasses.replace(with_pictures(stage, "keyframes", device, around(-0.6, 1.0)), muon=True)
+    stage = pixel_stage(unet, keyframe_clips, "show-1-base/unet", device, levels, steps=12, muon=True, **weights)
+    return with_pictures(stage, "keyframes", device, around(-0.6, 1.0))
 
 
 def with_pictures(
@@ -1027,7 +1028,7 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
             _attend_plainly(model)
     average = {key: copy.deepcopy(model).requires_grad_(False) for key, model in stage.models.items()}
     parameters = [parameter for model in stage.models.values() for parameter in model.parameters()]
-    optimizers = optimizers_of(stage)
+    optimizers = optimizers_of(parameters, stage.muon)
     checkpoint = RUNS / f"{name}.pt"
     step, seconds = 0, 0.0
     if checkpoint.exists():
@@ -1124,15 +1125,14 @@ class Muon(torch.optim.Muon):
             parameter.copy_(matrix.view_as(parameter))
 
 
-def optimizers_of(stage: Stage) -> list[torch.optim.Optimizer]:
-    """Return what trains a stage: AdamW, and Muon for the matrices where the stage wants it.
+def optimizers_of(parameters: list[nn.Parameter], muon: bool) -> list[torch.optim.Optimizer]:
+    """Return what trains the parameters: AdamW, and where `muon` is asked for Muon for the matrices.
 
-    Of the keyframes' pictures Muon leaves as much of the loss after 500 updates as AdamW after 1000, which take four
-    fifths of the time each (measured on a CPU).
+    Ten minutes each with the keyframes' pictures, from the same weights, took the loss at noise level 400 from 0.0704
+    to 0.0698 with AdamW and to 0.0689 with Muon.
     """
-    parameters = [parameter for model in stage.models.values() for parameter in model.parameters()]
     # Not the first and the last layer, which have three colours on one side.
-    matrices = [p for p in parameters if stage.muon and p.ndim > 1 and min(len(p), p[0].numel()) > 3 * 3**2]
+    matrices = [p for p in parameters if muon and p.ndim > 1 and min(len(p), p[0].numel()) > 3 * 3**2]
     kept = {id(parameter) for parameter in matrices}
     others = [parameter for parameter in parameters if id(parameter) not in kept]
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.99))
