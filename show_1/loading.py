@@ -23,6 +23,7 @@ from show_1 import hub
 from show_1.cascade import Cascade
 from show_1.errors import Show1Error, first_line
 from show_1.models import UNet3DConditionModel
+from show_1.placement import dtype_of
 from show_1.stages import InterpolationPipeline, KeyframesPipeline, LatentUpscalePipeline, PixelUpscalePipeline
 from show_1.stages.denoise import Stage
 
@@ -49,7 +50,7 @@ class Repository:
                     use_safetensors=weights.format == "safetensors",
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # told below, with the key's name
-                    **{dtype_name: self.dtype},
+                    **{dtype_name: dtype_of(component, self.dtype)},
                 )
         except Exception as error:  # whatever a damaged file makes the libraries raise
             raise self._damaged(component, weights, error) from error

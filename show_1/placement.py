@@ -142,6 +142,15 @@ def place(pipeline: "Show1Pipeline", tier: Tier, device: torch.device) -> None:
     pipeline.offload_hooks, pipeline.prompts_at_once = hooks, tier.prompts
 
 
+def dtype_of(component: str, dtype: torch.dtype) -> torch.dtype:
+    """Return what a component computes in where the cascade's models are of a dtype.
+
+    All stages read the text: of what bfloat16 changed in mini's keyframes, two thirds came from its text encoder
+    (42.6 dB from float32's keyframes, and 48.1 with the encoder in float32).
+    """
+    return torch.float32 if component == "text_encoder" and dtype == torch.bfloat16 else dtype
+
+
 def weight_bytes(cascade: Cascade, folders: Mapping[str, Path], dtype: torch.dtype) -> int:
     """Return the bytes of the cascade's weight files, were they of this dtype (they are in half precision)."""
     size = 0
@@ -149,8 +158,8 @@ def weight_bytes(cascade: Cascade, folders: Mapping[str, Path], dtype: torch.dty
         folder = folders[table]
         for component in set(hub.COMPONENTS[table]) & set(hub.MODELS):
             for name in hub.weights_in(folder, table, component, hub.variant(cascade, table)).names:
-                size += (folder / component / name).stat().st_size
-    return size * dtype.itemsize // 2
+                size += (folder / component / name).stat().st_size * dtype_of(component, dtype).itemsize // 2
+    return size
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:

@@ -140,6 +140,14 @@ def test_mini_in_half_precision_is_within_40_db(dtype):
     assert 10 * np.log10(255**2 / error) > 40
 
 
+def test_text_is_encoded_in_float32_where_the_networks_are_in_bfloat16():
+    cascade = Cascade.load("mini")
+    half, exact = (Show1Pipeline.from_cascade(cascade, "cpu", dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert half.keyframes.unet.dtype == half.latent_upscale.unet.dtype == torch.bfloat16
+    for encode in (lambda p: p.keyframes.encode(tiny.PROMPT), lambda p: p.latent_upscale.encode(tiny.PROMPT, "")):
+        assert torch.equal(encode(half).prompt, encode(exact).prompt)
+
+
 def test_events_in_order_with_previews(pipeline, result, tmp_path):
     path = tmp_path / "video.mp4"
     events, previews = [], []

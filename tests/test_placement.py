@@ -63,6 +63,7 @@ def test_mini_fits_anywhere_and_show_1_not_in_a_small_computer(monkeypatch):
     mini = Cascade.load("mini")
     weights = placement.weight_bytes(mini, hub.fetch(mini), torch.float32)
     assert 60e6 < weights < 90e6
+    assert 0 < 2 * placement.weight_bytes(mini, hub.fetch(mini), torch.bfloat16) - weights < 4e6  # text in float32
     assert placement.choose(mini, CPU, weights, "500MB") == IN_PLACE
     monkeypatch.setattr(placement, "device_memory", lambda device: (16 * GB, 16 * GB))
     with pytest.raises(Show1Error, match=r"needs 31\.7 GB"):

@@ -55,10 +55,10 @@ class Stage(DiffusionPipeline):
     ) -> torch.Tensor:
         """Draw standard normal noise, (generators, *shape), each row from its own generator.
 
-        It is drawn on the CPU in the model's dtype, so that every device sees the same. `shared` is the share of the
+        It is drawn on the CPU in the UNet's dtype, so that every device sees the same. `shared` is the share of the
         variance in [0, 1] that all frames of a clip have in common; they lie along axis `frames` of `shape`.
         """
-        rows = [torch.randn((1, *shape), generator=generator, dtype=self.dtype) for generator in generators]
+        rows = [torch.randn((1, *shape), generator=generator, dtype=self.unet.dtype) for generator in generators]
         noise = torch.cat(rows).to(self._execution_device)
         if shared:
             one = (*shape[:frames], 1, *shape[frames + 1 :])
@@ -182,7 +182,7 @@ class Prediction:
         # Of a single prompt's states this repeats no memory, only what is seen.
         prompts = [
             states.expand(batch, -1, -1) if len(states) == 1 else states.repeat_interleave(batch // len(states), dim=0)
-            for states in (text.negative, text.prompt)
+            for states in (text.negative.to(unet.dtype), text.prompt.to(unet.dtype))
         ]
         self.states = {False: prompts[1], True: torch.cat(prompts)}
         self.deep: list[torch.Tensor | None] = []  # of each part of the batch

@@ -84,7 +84,7 @@ class LatentUpscalePipeline(Stage):
         return (yield from self._decode(latents))
 
     def _encode_frames(self, frames: torch.Tensor, generator: torch.Generator) -> Generator[Pause, None, torch.Tensor]:
-        frames, moments = frames.to(self._execution_device, self.dtype), []
+        frames, moments = frames.to(self._execution_device, self.vae.dtype), []
         # In parts, for the encoder's memory grows with its batch; the draw below is that of one batch all the same.
         for part in frames.split(self.vae_frames):
             moments.append(self.vae.encode(part).latent_dist.parameters)
@@ -98,7 +98,7 @@ class LatentUpscalePipeline(Stage):
 
     def _decode(self, latents: torch.Tensor) -> Generator[Pause, None, torch.Tensor]:
         decoded = []
-        for part in (fold(latents).to(self.dtype) / self.vae.config.scaling_factor).split(self.vae_frames):
+        for part in (fold(latents).to(self.vae.dtype) / self.vae.config.scaling_factor).split(self.vae_frames):
             decoded.append(self.vae.decode(part).sample)
             yield Pause()
         return unfold(torch.cat(decoded), latents.shape)
