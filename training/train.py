@@ -67,7 +67,7 @@ PIXEL_WEIGHT = 20.0  # of the latent upscale's error in decoded pixels, which ar
 REDRAWN = 0.4  # of an upscaler's batches, so many show what the stages before it draw, and the others true frames
 NOISED = 60  # where the noise levels of an upscaler's condition end; mini's are 20 for the first frame and 0 after it
 OBJECT_WEIGHT = 3.0  # an error on an object counts for so much more than one on the place behind it
-KEYFRAME_OBJECT_WEIGHT = 8.0  # more where they are made up
+SMALL_OBJECT_WEIGHT = 8.0  # more in small frames, where they are made up and moved
 
 NOISE = models.image_noising_scheduler()  # one schedule for all: alpha and sigma of each of its 1000 levels
 ALPHA = NOISE.alphas_cumprod.sqrt()
@@ -202,7 +202,7 @@ def pictures(rng: np.random.Generator, scale: int = 1, count: int = 20, chances:
     """Whole frames: from squares of them the model learns to put the thing that is asked for into every square."""
     scenes, captions = _scenes(rng, count * scale, chances)
     times = _moments(rng, scenes)
-    painted = _painted(scenes, SMALL, times, KEYFRAME_OBJECT_WEIGHT)
+    painted = _painted(scenes, SMALL, times, SMALL_OBJECT_WEIGHT)
     return {key: value[:, :, 0] for key, value in painted.items()} | {"captions": captions}
 
 
@@ -215,7 +215,7 @@ def keyframe_clips(rng: np.random.Generator, scale: int = 1) -> dict:
     """A batch of clips, and of pictures: many more things are seen so in the time that clips alone would take."""
     scenes, captions = _scenes(rng, 4 * scale)
     stills = pictures(rng, scale, 16, picture_chances())
-    clips = _painted(scenes, SMALL, KEYFRAME_TIMES, KEYFRAME_OBJECT_WEIGHT)
+    clips = _painted(scenes, SMALL, KEYFRAME_TIMES, SMALL_OBJECT_WEIGHT)
     return clips | {"captions": captions, "pictures": stills}
 
 
@@ -248,7 +248,7 @@ def pictures_for_pairs(rng: np.random.Generator, scale: int = 1) -> dict:
 
 def segments(rng: np.random.Generator, scale: int = 1) -> dict:
     scenes, captions = _scenes(rng, 4 * scale)
-    painted = _painted(scenes, SMALL, _window(rng, scenes, 5, every=4))
+    painted = _painted(scenes, SMALL, _window(rng, scenes, 5, every=4), SMALL_OBJECT_WEIGHT)
     clean = painted["clean"]
     ends = clean[:, :, [0, -1]] + 0.05 * torch.rand(len(scenes), 1, 1, 1, 1) * torch.randn_like(clean[:, :, [0, -1]])
     between = F.interpolate(ends, size=clean.shape[2:], mode="trilinear", align_corners=True)
@@ -629,7 +629,6 @@ def pixel_stage(
     device: torch.device,
     draw_levels: Callable[[int], torch.Tensor],
     steps: int = 1,
-    muon: bool = False,
     **weights: float,
 ) -> Stage:
     """A UNet that predicts pixels; `steps` are those that its sample sheets are drawn in, `weights` velocity_loss's."""
@@ -641,14 +640,14 @@ def pixel_stage(
     def sample(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
         return draw(trained["unet"], read(batch), batch, steps, weights.get("shared_noise", 0.0))
 
-    return Stage({"unet": unet}, batches, loss, {"unet": folder}, sample=sample, muon=muon)
+    return Stage({"unet": unet}, batches, loss, {"unet": folder}, sample=sample, muon=True)
 
 
 def pictures_stage(device: torch.device) -> Stage:
     unet = models.picture_unet("keyframes")
     _start_from(unet, MINI / "show-1-base" / "unet")
     levels = around(0.0, 1.6)
-    return pixel_stage(unet, pictures, "../../training/runs/pictures", device, levels, steps=12, muon=True)
+    return pixel_stage(unet, pictures, "../../training/runs/pictures", device, levels, steps=12)
 
 
 def paths_stage(device: torch.device) -> Stage:
@@ -834,7 +833,7 @@ def keyframes_stage(device: torch.device) -> Stage:
     # on from there it named 80 %, of drawn ones 68 %): pictures teach that.
     levels, shared = around(0.4, 1.6), Cascade.load("mini").keyframes.shared_noise
     weights = {"movement_weight": 3, "shared_noise": shared}
-    stage = pixel_stage(unet, keyframe_clips, "show-1-base/unet", device, levels, steps=12, muon=True, **weights)
+    stage = pixel_stage(unet, keyframe_clips, "show-1-base/unet", device, levels, steps=12, **weights)
     return with_pictures(stage, "keyframes", device, around(-0.6, 1.0))
 
 
