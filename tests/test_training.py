@@ -75,7 +75,9 @@ def _meet_once(rank: int, meeting: str, folder) -> None:
 def test_muon_trains_convolutions_as_matrices_and_goes_on(memory):
     """Eight steps in a row, in both orders of memory, end where four steps and four after a checkpoint end."""
     torch.manual_seed(0)
-    layers = (lambda: torch.nn.Conv2d(32, 48, 3), torch.nn.GELU, lambda: torch.nn.Conv2d(48, 3, 1))
+    sizes = ((32, 48, 3), (48, 48, 1), (48, 3, 1))
+    layers = [lambda size=size: torch.nn.Conv2d(*size) for size in sizes]
+    layers.insert(1, torch.nn.GELU)
     start = torch.nn.Sequential(*(layer() for layer in layers)).state_dict()
     pictures = torch.randn(4, 32, 6, 6)
 
@@ -95,8 +97,8 @@ def test_muon_trains_convolutions_as_matrices_and_goes_on(memory):
 
     whole, optimizers = new()
     adamw, muon = optimizers
-    assert [parameter.shape for parameter in muon.param_groups[0]["params"]] == [(48, 32 * 9)]
-    assert len(adamw.param_groups[0]["params"]) == 3  # the last layer, and what is no matrix
+    assert [parameter.shape for parameter in muon.param_groups[0]["params"]] == [(48, 32 * 9), (48, 48)]
+    assert len(adamw.param_groups[0]["params"]) == 4  # the last layer, and what is no matrix
     losses = [step(whole, optimizers) for _ in range(8)]
     assert losses == sorted(losses, reverse=True)
     before, earlier = new()

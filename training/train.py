@@ -1121,7 +1121,8 @@ class Muon(torch.optim.Muon):
             matrix.grad = parameter.grad.flatten(1)
         super().step()
         for matrix, parameter in pairs:
-            parameter.copy_(matrix.view_as(parameter))
+            if matrix.data_ptr() != parameter.data_ptr():
+                parameter.copy_(matrix.view_as(parameter))
 
 
 def optimizers_of(parameters: list[nn.Parameter], muon: bool) -> list[torch.optim.Optimizer]:
