@@ -1121,7 +1121,7 @@ class Muon(torch.optim.Muon):
             matrix.grad = parameter.grad.flatten(1)
         super().step()
         for matrix, parameter in pairs:
-            if matrix.data_ptr() != parameter.data_ptr():
+            if matrix.data_ptr() != parameter.data_ptr():  # a view has moved it already
                 parameter.copy_(matrix.view_as(parameter))
 
 
