@@ -145,14 +145,14 @@ def place(pipeline: "Show1Pipeline", tier: Tier, device: torch.device) -> None:
 def dtype_of(component: str, dtype: torch.dtype) -> torch.dtype:
     """Return what a component computes in where the cascade's models are of a dtype.
 
-    All stages read the text: of what bfloat16 changed in mini's keyframes, two thirds came from its text encoder
-    (42.6 dB from float32's keyframes, and 48.1 with the encoder in float32).
+    All stages read the text: of what bfloat16 changed in mini's keyframes of a prompt, two thirds came from the text
+    encoder (they were 42.6 dB from float32's, and 48.1 with the encoder in float32).
     """
     return torch.float32 if component == "text_encoder" and dtype == torch.bfloat16 else dtype
 
 
 def weight_bytes(cascade: Cascade, folders: Mapping[str, Path], dtype: torch.dtype) -> int:
-    """Return the bytes of the cascade's weight files, were they of this dtype (they are in half precision)."""
+    """Return the bytes of the cascade's weight files (in half precision), were its models of this dtype."""
     size = 0
     for table in STAGES:
         folder = folders[table]
