@@ -3,6 +3,7 @@
 Widths are multiples of 32, since the temporal convolutions normalise in 32 groups whatever the configuration says.
 """
 
+import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -244,9 +245,11 @@ def image_noising_scheduler() -> DDPMScheduler:
 def train_t5_tokenizer(captions: Iterable[str], folder: Path) -> T5Tokenizer:
     """Learn a SentencePiece vocabulary from captions; save it as `spiece.model` in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    learned = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(captions),
-        model_prefix=str(folder / "spiece"),
+        model_writer=learned,
+        normalization_rule_name="identity",  # the usual rules are 240 kB of characters that no prompt of mini's has
         vocab_size=700,
         hard_vocab_limit=False,
         pad_id=0,
@@ -255,7 +258,7 @@ def train_t5_tokenizer(captions: Iterable[str], folder: Path) -> T5Tokenizer:
         bos_id=-1,
         minloglevel=2,
     )
-    (folder / "spiece.vocab").unlink()
+    (folder / "spiece.model").write_bytes(learned.getvalue())
     config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 77}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return T5Tokenizer.from_pretrained(folder)
