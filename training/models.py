@@ -67,7 +67,7 @@ _LATENT = {
 }
 UNETS = {
     "keyframes": _SMALL
-    | {"in_channels": 3, "block_out_channels": [32, 96, 96], "layers_per_block": [1, 2, 2], "time_embedding_dim": 256}
+    | {"in_channels": 3, "block_out_channels": [32, 96, 96], "layers_per_block": [3, 2, 2], "time_embedding_dim": 256}
     | {"down_block_types": ["ResnetDownsampleBlock3D"] * 2 + ["SimpleCrossAttnDownBlock3D"]}
     | {"up_block_types": ["SimpleCrossAttnUpBlock3D"] + ["ResnetUpsampleBlock3D"] * 2},
     "interpolation": _SMALL
