@@ -71,6 +71,11 @@ def _meet_once(rank: int, meeting: str, folder) -> None:
     torch.save({"weights": weights.detach(), "seconds": seconds}, folder / f"{rank}.pt")
 
 
+def test_mini_stays_small_enough_to_come_with_the_project():
+    sizes = [file.stat().st_size for file in REAL_MINI.rglob("*") if file.is_file()]
+    assert sum(sizes) <= 40_000_000 and max(sizes) <= 15_000_000
+
+
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 def test_muon_trains_convolutions_as_matrices_and_goes_on(memory):
     """Eight steps in a row, in both orders of memory, end where four steps and four after a checkpoint end."""

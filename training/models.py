@@ -249,7 +249,7 @@ def train_t5_tokenizer(captions: Iterable[str], folder: Path) -> T5Tokenizer:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(captions),
         model_writer=learned,
-        normalization_rule_name="identity",  # the usual rules are 240 kB of characters that no prompt of mini's has
+        normalization_rule_name="identity",  # the usual rules are 240 kB, for characters that none of mini's words has
         vocab_size=700,
         hard_vocab_limit=False,
         pad_id=0,
