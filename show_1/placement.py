@@ -4,6 +4,8 @@ Every tier gives the same frames, to rounding: what does not fit waits in the co
 diffusers' hooks move it), and what is computed at once is computed in parts.
 """
 
+import ctypes
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 GB = 10**9
 UNITS = {"MB": 10**6, "GB": GB, "MIB": 2**20, "GIB": 2**30}
 SHOW_1 = 26 * GB  # Show-1's weight files, in half precision: what the tiers' figures are for
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 CARD = 0.88  # the share of a card's nominal memory that is free when nothing else runs on it
 
 
@@ -95,6 +98,8 @@ def place(pipeline: "Show1Pipeline", tier: Tier, device: torch.device) -> None:
 
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())  # as the hooks will see it
+    if device.type == "cpu":
+        keep_freed_memory()
     stages = (pipeline.keyframes, pipeline.interpolation, pipeline.pixel_upscale, pipeline.latent_upscale)
     for stage in stages:
         stage.rows = tier.rows
@@ -140,6 +145,17 @@ def place(pipeline: "Show1Pipeline", tier: Tier, device: torch.device) -> None:
         for unet in unets:
             unet.forward = Graphed(unet.forward)
     pipeline.offload_hooks, pipeline.prompts_at_once = hooks, tier.prompts
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory of freed tensors for those that come next, where its C library is glibc.
+
+    glibc gives large pieces back to the system at once, which has to clear every page of the next one.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        malloc = ctypes.CDLL(None)
+        malloc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        malloc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
 def dtype_of(component: str, dtype: torch.dtype) -> torch.dtype:

@@ -1,6 +1,9 @@
 """What sits where: the tier that the memory asks for, and the same frames from every tier."""
 
 import logging
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -114,3 +117,25 @@ def test_where_graphs_fail_it_goes_on_and_says_so_once(monkeypatch, caplog):
         "Goes on without CUDA graphs, slower: CUDA error: operation not permitted when stream is capturing"
     ]
     assert len(calls) == 8 and not any(graphed.recordings for graphed in modules)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="Another C library is left as it is.")
+def test_freed_memory_is_kept_for_the_next_tensors():
+    script = """
+import resource, torch
+from show_1 import placement
+
+def pages_anew():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(2**23)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(pages_anew())
+placement.keep_freed_memory()
+pages_anew()
+print(pages_anew())
+"""
+    made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    before, after = map(int, made.stdout.split())
+    assert after < before / 20  # which is 40,960, five times 32 MiB, in pages of 4 KiB
