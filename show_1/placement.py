@@ -154,7 +154,7 @@ def keep_freed_memory() -> None:
     """Have this process keep the memory of freed tensors for those that come next, where its C library is glibc.
 
     glibc gives large pieces back to the system at once, which has to clear every page of the next one: a twentieth of
-    mini's processor time (measured). What is kept beyond all that is in use is 1 GiB at most.
+    mini's processor time (measured). More than 1 GiB that is free at the heap's end still goes back.
     """
     if platform.libc_ver()[0] == "glibc":
         malloc = ctypes.CDLL(None)
