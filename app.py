@@ -21,6 +21,7 @@ from show_1.errors import exit_code
 from show_1.jobs import Jobs
 from show_1.page import STYLE, build
 from show_1.pipeline import check_device, default_cascade
+from show_1.placement import keep_freed_memory
 from show_1.video import check_writable
 
 
@@ -54,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
 def _serve(arguments: argparse.Namespace) -> None:
     """Open the page, load the models behind it, serve until Ctrl-C."""
     device = check_device(arguments.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # before there are the threads that make videos
     cascade = Cascade.load(arguments.cascade or default_cascade(device))
     outputs = arguments.output_dir.resolve()
     try:

@@ -27,7 +27,7 @@ GB = 10**9
 UNITS = {"MB": 10**6, "GB": GB, "MIB": 2**20, "GIB": 2**30}
 SHOW_1 = 26 * GB  # Show-1's weight files, in half precision: what the tiers' figures are for
 CARD = 0.88  # the share of a card's nominal memory that is free when nothing else runs on it
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -154,12 +154,14 @@ def keep_freed_memory() -> None:
     """Have this process keep the memory of freed tensors for those that come next, where its C library is glibc.
 
     glibc gives large pieces back to the system at once, which has to clear every page of the next one: a twentieth of
-    mini's processor time (measured). More than 1 GiB that is free at the heap's end still goes back.
+    mini's processor time (measured). More than 1 GiB that is free at the heap's end still goes back. Threads that begin
+    later share the main thread's heap: one of their own is given back in pieces of 64 MiB, whatever the threshold.
     """
     if platform.libc_ver()[0] == "glibc":
         malloc = ctypes.CDLL(None)
         malloc.mallopt(M_MMAP_THRESHOLD, 2**30)
         malloc.mallopt(M_TRIM_THRESHOLD, 2**30)
+        malloc.mallopt(M_ARENA_MAX, 1)
 
 
 def dtype_of(component: str, dtype: torch.dtype) -> torch.dtype:

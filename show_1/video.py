@@ -17,6 +17,9 @@ import torch
 
 from show_1.errors import Show1Error
 
+# Else it forks this process to start ffmpeg, and each page of the models' memory that is written next is a page fault.
+os.environ.setdefault("IMAGEIO_FFMPEG_NO_PREVENT_SIGINT", "1")
+
 PROGRAM = "show-1"
 ROOM = 8 * 2**20  # bytes; a Show-1 video of pure noise, the worst case, took 4.4 million
 

@@ -5,10 +5,11 @@ import platform
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from show_1 import Cascade, Show1Error, Show1Pipeline, graphs, hub, placement
+from show_1 import Cascade, Show1Error, Show1Pipeline, graphs, hub, placement, video
 from show_1.placement import GB, IN_PLACE, SHOW_1, TIERS
 from tests import tiny
 
@@ -120,22 +121,30 @@ def test_where_graphs_fail_it_goes_on_and_says_so_once(monkeypatch, caplog):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="Another C library is left as it is.")
-def test_freed_memory_is_kept_for_the_next_tensors():
+def test_freed_memory_is_kept_for_the_next_tensors_in_threads_too_and_while_a_video_is_read(tmp_path):
+    video.write(tmp_path / "video.mp4", np.zeros((2, 16, 16, 3), np.uint8), fps=8, metadata={})
     script = """
-import resource, torch
-from show_1 import placement
+import resource, sys, torch
+from concurrent.futures import ThreadPoolExecutor
+from show_1 import placement, video
 
 def pages_anew():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
-        torch.ones(2**23)
+        torch.ones(2**24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 print(pages_anew())
 placement.keep_freed_memory()
-pages_anew()
-print(pages_anew())
+with ThreadPoolExecutor(1) as thread:
+    for _ in range(4):  # until the heap is as large as it gets
+        thread.submit(pages_anew).result()
+    print(thread.submit(pages_anew).result())
+    video.read_frames(sys.argv[1])
+    print(thread.submit(pages_anew).result())
 """
-    made = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
-    before, after = map(int, made.stdout.split())
-    assert after < before / 20  # which is 40,960, five times 32 MiB, in pages of 4 KiB
+    command = [sys.executable, "-c", script, str(tmp_path / "video.mp4")]
+    made = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    before, after, after_reading = map(int, made.stdout.split())
+    # Before: 81,920, five times 64 MiB in pages of 4 KiB; that is as large as a heap of a thread's own.
+    assert after < before / 20 and after_reading < before / 20
