@@ -38,7 +38,7 @@ class TemporalConv(TemporalConvLayer):
 
     def forward(self, hidden_states: torch.Tensor, num_frames: int) -> torch.Tensor:
         """Return hidden states of the given shape, (batch·frames, channels, height, width), and dtype."""
-        clip = hidden_states.unflatten(0, (-1, num_frames)).transpose(1, 2).flatten(3)
+        clip = over_pixels(hidden_states, num_frames)
         change, bias = clip.to(self.conv1[-1].weight.dtype), None
         for norm, *layers, convolution in (self.conv1, self.conv2, self.conv3, self.conv4):
             change = norm(change) if bias is None else norm(change, added=bias)
@@ -55,7 +55,7 @@ class TemporalTransformer(TransformerTemporalModel):
         """Return hidden states of the given shape, (batch·frames, channels, height, width)."""
         height, width = hidden_states.shape[-2:]
         clip = hidden_states.unflatten(0, (-1, num_frames))
-        tokens = self.norm(clip.transpose(1, 2).flatten(3)).permute(0, 3, 2, 1).flatten(0, 1)
+        tokens = self.norm(over_pixels(hidden_states, num_frames)).permute(0, 3, 2, 1).flatten(0, 1)
         tokens = self.proj_in(tokens)  # (batch·pixels, frames, channels)
         for block in self.transformer_blocks:
             tokens = block(tokens)
@@ -231,6 +231,16 @@ class UNet3DConditionModel(UNet2DConditionModel):
         hidden_states = self.conv_out(self.conv_act(self.conv_norm_out(hidden_states.to(dtype))))
         prediction = hidden_states.unflatten(0, (-1, num_frames)).transpose(1, 2)
         return UNet3DConditionOutput(prediction, deep) if return_dict else (prediction, deep)
+
+
+def over_pixels(hidden_states: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """Return (batch·frames, channels, height, width) as (batch, channels, frames, pixels), without a copy.
+
+    Channels go last and back on the way: so a single clip gets the strides that it would have among several. PyTorch
+    tells layouts by them, and with others norms and convolutions would copy, twice their time on a CPU (measured).
+    """
+    pixels = hidden_states.permute(0, 2, 3, 1).unflatten(0, (-1, num_frames)).flatten(2, 3)
+    return pixels.permute(0, 3, 1, 2)
 
 
 def frame_multiple(unet: UNet2DConditionModel) -> int:
