@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D, TemporalConvLayer
 from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from show_1.models import UNet3DConditionModel, attention, channels_last, frame_multiple, try_kernels
-from show_1.models.attention import FrameAttention
+from show_1.models.attention import FrameAttention, TextAttention
 from show_1.models.convolution import over_frames
 from show_1.models.group_norm import ACTIVATIONS, GroupNorm
 from show_1.models.resnet import ResnetBlock, UpsampleConv
@@ -410,6 +411,20 @@ def test_frame_attention_is_diffusers(monkeypatch, variant, call, ours):
     monkeypatch.setattr(try_kernels, "attempt", lambda name, *args: taken.append(name) or _scaled_dot_product(*args))
     assert (attention(**call) - expected).abs().max() < 1e-12
     assert taken == ["short_attention"] * ours
+
+
+@pytest.mark.parametrize("variant", [{}, {"cross_attention_norm": "group_norm"}, {"only_cross_attention": True}])
+@torch.no_grad()
+def test_text_attention_is_diffusers(variant):
+    added = {"added_kv_proj_dim": 24, "cross_attention_norm_num_groups": 6}
+    layer = _attention(norm_num_groups=4, bias=True, residual_connection=True, **added, **variant)
+    layer.set_processor(AttnAddedKVProcessor2_0())
+    frames, text = torch.randn(2 * 5, 40, 3, 4, dtype=torch.float64), torch.randn(2, 7, 24, dtype=torch.float64)
+    expected = layer(frames, encoder_hidden_states=text.repeat_interleave(5, dim=0))
+    layer.set_processor(TextAttention())
+    assert (layer(frames, encoder_hidden_states=text) - expected).abs().max() < 1e-12
+    last = channels_last(nn.ModuleList([layer]))[0](frames.to(memory_format=torch.channels_last), text)
+    assert (last - expected).abs().max() < 1e-12 and last.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("at_once", [1, 3000, 2**20])

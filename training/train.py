@@ -43,6 +43,7 @@ from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 from show_1.cascade import Cascade
 from show_1.errors import Show1Error, exit_code
 from show_1.models import channels_last
+from show_1.models.attention import TextAttention
 from show_1.stages.denoise import share_noise
 from training import models, world
 from training.redraw import CPU, EVERY, TIMES, Redrawn
@@ -668,17 +669,17 @@ def paths_stage(device: torch.device) -> Stage:
     untaught = copy.deepcopy(block).requires_grad_(False)
 
     def entering(batch: dict, lowest: int) -> list[torch.Tensor]:
-        """Return what the block is given for each clip, noised: (batch, frames, …) each."""
+        """Return what the block is given for each clip, noised: (batch, frames, …) each, but the text, (batch, …)."""
         clean = batch["clean"]
         levels = torch.randint(lowest, 1000, (len(clean),)).to(device)
         noisy = NOISE.add_noise(clean, torch.randn_like(clean), levels)
         with torch.no_grad():
             hidden, temb, text, _, skips, _ = models.inputs_of(unet.up_blocks[0], unet, noisy, levels, read(batch))
-        return [each.contiguous().unflatten(0, (len(clean), frames)) for each in (hidden, temb, text, *skips)]
+        return [text, *(each.contiguous().unflatten(0, (len(clean), frames)) for each in (hidden, temb, *skips))]
 
     def features(block: nn.Module, entered: list[torch.Tensor]) -> torch.Tensor:
         """Return what the block makes of it, (batch, frames, channels, height, width)."""
-        hidden, temb, text, *skips = (each.flatten(0, 1) for each in entered)
+        text, (hidden, temb, *skips) = entered[0], (each.flatten(0, 1) for each in entered[1:])
         return block(hidden, temb, text, frames, skips, resample=False)[-1].unflatten(0, (-1, frames))
 
     # How the features of a cell differ with how much of it is covered: a regression on true clips.
@@ -1145,7 +1146,7 @@ def _attend_plainly(model: nn.Module) -> None:
     Over a clip's few frames PyTorch's own takes, forth and back on a CPU, half of an interpolation's update (measured).
     """
     for module in model.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, Attention) and not isinstance(module.processor, TextAttention):
             module.set_processor(AttnProcessor() if module.added_kv_proj_dim is None else AttnAddedKVProcessor())
 
 

@@ -18,6 +18,7 @@ from diffusers.models.transformers.transformer_temporal import TransformerTempor
 from diffusers.utils import BaseOutput
 from torch import nn
 
+from show_1.models.attention import TextAttention
 from show_1.models.convolution import add, over_frames
 from show_1.models.group_norm import GroupNorm
 
@@ -78,6 +79,9 @@ class VideoBlock(nn.Module):
             TemporalConv(resnet.out_channels, dropout=0.1, norm_num_groups=32) for resnet in block.resnets
         )
         self.attentions = getattr(block, "attentions", nn.ModuleList())
+        for attention in self.attentions:
+            if isinstance(attention, Attention):
+                attention.set_processor(TextAttention())
         channels = block.resnets[-1].out_channels
         self.temp_attentions = nn.ModuleList(
             TemporalTransformer(
@@ -105,6 +109,7 @@ class VideoBlock(nn.Module):
     ) -> list[torch.Tensor]:
         """Return the hidden states after each layer, (batch·frames, channels, height, width); the last is the block's.
 
+        `temb` is (batch·frames, features), `text` (batch, tokens, features).
         An up block is given `skips`, one tensor a ResNet, and takes the last first. Without `resample` the block ends
         before its down- or upsampler.
         """
@@ -119,7 +124,8 @@ class VideoBlock(nn.Module):
                 if isinstance(attention, Attention):  # the pixel family: text tokens beside the image's
                     hidden_states = attention(hidden_states, encoder_hidden_states=text)
                 else:
-                    hidden_states = attention(hidden_states, encoder_hidden_states=text, return_dict=False)[0]
+                    of_frames = text.repeat_interleave(num_frames, dim=0)
+                    hidden_states = attention(hidden_states, encoder_hidden_states=of_frames, return_dict=False)[0]
                 hidden_states = temp_attention(hidden_states, num_frames=num_frames)
             outputs.append(hidden_states)
         for sampler in (*(self.downsamplers or ()), *(self.upsamplers or ())) if resample else ():
@@ -211,7 +217,7 @@ class UNet3DConditionModel(UNet2DConditionModel):
             temb = temb if embedding is None else temb + embedding
         temb = temb if self.time_embed_act is None else self.time_embed_act(temb)
         temb = temb.repeat_interleave(num_frames, dim=0)
-        text = self.process_encoder_hidden_states(encoder_hidden_states, {}).repeat_interleave(num_frames, dim=0)
+        text = self.process_encoder_hidden_states(encoder_hidden_states, {})
 
         hidden_states = self.conv_in(sample.transpose(1, 2).flatten(0, 1))
         if self.transformer_in is not None:
