@@ -32,7 +32,7 @@ QUARTERS = (0.25, 0.5, 0.75)
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description=__doc__.splitlines()[0])
     parser.add_argument("--cascade", default="mini")
-    parser.add_argument("--rounds", type=int, default=5, help="videos each way, and time-left runs; default: 5")
+    parser.add_argument("--rounds", type=int, default=10, help="videos each way, half as many for the time left")
     parser.add_argument("--json", metavar="FILE", type=Path, help="keep the figures there")
     arguments = parser.parse_args()
 
@@ -43,7 +43,7 @@ def main() -> None:
             figures["usable_seconds"] = until_usable(browser, url)
             # Asked at once, while the models load: the very first run of this computer.
             figures["time_left"] = [time_left(url)]
-            figures["time_left"] += [time_left(url) for _ in range(max(arguments.rounds - 1, 1))]
+            figures["time_left"] += [time_left(url) for _ in range(max(arguments.rounds // 2 - 1, 1))]
             figures["cancel_to_next_step_seconds"] = cancel_to_next_step(browser, url)
             figures |= against_the_command(arguments.cascade, arguments.rounds, browser, url, Path(folder))
         browser.close()
@@ -128,20 +128,27 @@ def cancel_to_next_step(browser: Browser, url: str) -> float:
 
 
 def against_the_command(cascade: str, rounds: int, browser: Browser, url: str, folder: Path) -> dict[str, Any]:
-    """Make videos in turns by the command's engine and on the page, both warm, a browser looking on; medians."""
+    """Make videos in turns by the command's engine and on the page, both warm, a browser looking on; medians.
+
+    The ratio is the median of the rounds' own: within minutes a computer's pace may change by a fifth, for both alike.
+    """
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     command = multiprocessing.get_context("spawn").Process(target=_command, args=(theirs, cascade), daemon=True)
     command.start()
     page = _open(browser, url)
     ways: dict[str, list[float]] = {"command": [], "page": []}
     for seed in range(rounds + 1):  # the first one warms up
-        ours.send((seed, str(folder / "command.mp4")))
-        ways["command"].append(ours.recv())
-        ways["page"].append(_on_the_page(page, seed, folder))
+        for way in list(ways)[:: (-1) ** seed]:  # each way is first as often as the other
+            if way == "command":
+                ours.send((seed, str(folder / "command.mp4")))
+                ways[way].append(ours.recv())
+            else:
+                ways[way].append(_on_the_page(page, seed, folder))
     ours.send(None)
     command.join()
     medians = {f"{way}_seconds": statistics.median(seconds[1:]) for way, seconds in ways.items()}
-    return medians | {"page_to_command": medians["page_seconds"] / medians["command_seconds"], "rounds": ways}
+    rounds = list(zip(ways["command"], ways["page"], strict=True))[1:]
+    return medians | {"page_to_command": statistics.median(page / command for command, page in rounds), "rounds": ways}
 
 
 def _command(pipe: Connection, cascade: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
+from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0
 from diffusers.models.resnet import TemporalConvLayer
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
 from torch.utils._pytree import tree_leaves
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from show_1 import Show1Pipeline
 from show_1.models import unet_3d_condition
+from show_1.models.attention import TextAttention
 from show_1.stages.denoise import finish
 from show_1.text import TextEmbeddings
 
@@ -58,7 +60,7 @@ class Original(Ours):
 
     `pipeline` is on the CPU. Each stage encodes the prompt anew, its models are moved to the device and back around it
     (diffusers' model offloading, as there), the segments run one by one, the autoencoder takes one frame at a time, and
-    the temporal layers are diffusers' own.
+    the temporal layers and the pixel family's attention are diffusers' own.
     """
 
     def __init__(self, pipeline: Show1Pipeline, device: torch.device):
@@ -75,7 +77,7 @@ class Original(Ours):
             stage.enable_model_cpu_offload(device=device)
 
     def run(self, stage: str, clips: dict[str, torch.Tensor]) -> torch.Tensor:
-        with diffusers_temporal_layers():
+        with diffusers_layers():
             if stage != "latent_upscale":  # which encodes with CLIP, as ours does
                 self.text = self.pipeline.keyframes.encode(PROMPT)
                 if stage != "keyframes":
@@ -122,13 +124,23 @@ class Flops:
 
 
 @contextlib.contextmanager
-def diffusers_temporal_layers() -> Iterator[None]:
-    """Compute the temporal layers as diffusers does: 3D convolutions, and a copy into and out of every layer."""
+def diffusers_layers() -> Iterator[None]:
+    """Compute the temporal layers as diffusers does: 3D convolutions, and a copy into and out of every layer.
+
+    And the pixel family's attention: the text's keys and values for each frame anew.
+    """
 
     def transform(self, hidden_states: torch.Tensor, num_frames: int) -> torch.Tensor:
         return TransformerTemporalModel.forward(self, hidden_states, num_frames=num_frames).sample
 
+    def attend(
+        self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, attention_mask: None
+    ) -> torch.Tensor:
+        text = encoder_hidden_states.repeat_interleave(len(hidden_states) // len(encoder_hidden_states), dim=0)
+        return AttnAddedKVProcessor2_0()(attn, hidden_states, text)
+
     with (
+        mock.patch.object(TextAttention, "__call__", attend),
         mock.patch.object(unet_3d_condition.TemporalConv, "forward", TemporalConvLayer.forward),
         mock.patch.object(unet_3d_condition.TemporalTransformer, "forward", transform),
     ):
