@@ -25,6 +25,8 @@ from show_1.models.resnet import ResnetBlock, UpsampleConv
 
 Model = TypeVar("Model", bound=nn.Module)
 
+LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}  # of convolutions' weights, by their number of axes
+
 # Norms and the activations after them: in diffusers' UNets and autoencoder, and in the Sequentials of TemporalConv.
 PAIRS = (("conv_norm_out", "conv_act"), ("0", "1"))
 
@@ -109,8 +111,8 @@ def channels_last(model: Model) -> Model:
                 if isinstance(part, Attention) and type(part.processor) is AttnProcessor2_0:
                     part.set_processor(FrameAttention())
     for parameter in model.parameters():
-        if parameter.ndim == 4:  # the temporal convolutions' have five, and are not run as they lie
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        if layout := LAYOUTS.get(parameter.ndim):
+            parameter.data = parameter.data.contiguous(memory_format=layout)
     return model
 
 
