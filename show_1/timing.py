@@ -41,16 +41,17 @@ class Cost:
         return self.setup + steps * self.step + self.finish
 
 
-# Measured with mini on a CPU in float32, in steps of its keyframes. They only bridge the time until this device's own
-# are known: where it is slow and somebody waits, the short video is broken off before its last stage.
+# Measured with mini on a CPU, in steps of its keyframes; between what float32 and bfloat16 take. They only bridge the
+# time until this device's own are known: where it is slow and somebody waits, the short video is broken off before its
+# last stage.
 RELATIVE = {
     "prompt": Cost(0, 0, 0.25),
     "keyframes": Cost(0, 1, 0),
-    "interpolation": Cost(0, 1.5, 0),
-    "first_frame": Cost(0, 0.35, 0),
-    "pixel_upscale": Cost(0, 2.1, 0),
-    "latent_upscale": Cost(3, 3.5, 9.5),
-    "file": Cost(0, 0, 1),
+    "interpolation": Cost(0, 1.4, 0),
+    "first_frame": Cost(0, 0.3, 0),
+    "pixel_upscale": Cost(0, 1.9, 0),
+    "latent_upscale": Cost(0, 6.3, 9.8),
+    "file": Cost(0, 0, 0.9),
 }
 
 
