@@ -218,6 +218,8 @@ class Forecast:
             self.first = now - self.last
         self.done += 1
         self.last = now
+        if not self.calibrated and self.phase == STAGES[0] and self.done == 1:
+            self.paced_since, self.expected = now, 0.0  # the very first step warms up: no measure either
 
     def _share(self, number: int) -> float:
         """Return what the step of this number takes, relative to this phase's mean step."""

@@ -420,6 +420,14 @@ def test_without_costs_the_first_steps_tell_the_pace():
     assert told[3][1] == pytest.approx(total - told[3][0], rel=0.05)
 
 
+def test_without_costs_the_very_first_step_which_warms_up_tells_nothing():
+    cascade = Cascade.load("mini")
+    real = RELATIVE | {"keyframes": Cost(20, 1, 0)}
+    told, total = simulate(cascade, real, None)
+    assert told[0][1] is None
+    assert told[1][1] == pytest.approx(total - told[1][0], rel=0.05)
+
+
 def test_a_guided_step_counts_twice():
     """With costs and a pace that are right the time left is right at each step, guided or not."""
     cascade = Cascade.load("mini").override(["keyframes.guidance_interval=[500, 999]"])
