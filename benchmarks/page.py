@@ -147,8 +147,8 @@ def against_the_command(cascade: str, rounds: int, browser: Browser, url: str, f
     ours.send(None)
     command.join()
     medians = {f"{way}_seconds": statistics.median(seconds[1:]) for way, seconds in ways.items()}
-    rounds = list(zip(ways["command"], ways["page"], strict=True))[1:]
-    return medians | {"page_to_command": statistics.median(page / command for command, page in rounds), "rounds": ways}
+    ratios = [page / command for command, page in zip(ways["command"], ways["page"], strict=True)][1:]
+    return medians | {"page_to_command": statistics.median(ratios), "rounds": ways}
 
 
 def _command(pipe: Connection, cascade: str) -> None:

@@ -1141,7 +1141,7 @@ def optimizers_of(parameters: list[nn.Parameter], muon: bool) -> list[torch.opti
 
 
 def _attend_plainly(model: nn.Module) -> None:
-    """Have a model's attention be plain matrix products.
+    """Have a model's attention be plain matrix products, but that of a video UNet to its text.
 
     Over a clip's few frames PyTorch's own takes, forth and back on a CPU, half of an interpolation's update (measured).
     """

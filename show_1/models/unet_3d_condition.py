@@ -109,7 +109,8 @@ class VideoBlock(nn.Module):
     ) -> list[torch.Tensor]:
         """Return the hidden states after each layer, (batch·frames, channels, height, width); the last is the block's.
 
-        `temb` is (batch·frames, features), `text` (batch, tokens, features).
+        `temb` is (batch·frames, features), `text` (batch, tokens, features) in the pixel family, whose frames share it,
+        and (batch·frames, tokens, features) in the latent one.
         An up block is given `skips`, one tensor a ResNet, and takes the last first. Without `resample` the block ends
         before its down- or upsampler.
         """
@@ -124,8 +125,7 @@ class VideoBlock(nn.Module):
                 if isinstance(attention, Attention):  # the pixel family: text tokens beside the image's
                     hidden_states = attention(hidden_states, encoder_hidden_states=text)
                 else:
-                    of_frames = text.repeat_interleave(num_frames, dim=0)
-                    hidden_states = attention(hidden_states, encoder_hidden_states=of_frames, return_dict=False)[0]
+                    hidden_states = attention(hidden_states, encoder_hidden_states=text, return_dict=False)[0]
                 hidden_states = temp_attention(hidden_states, num_frames=num_frames)
             outputs.append(hidden_states)
         for sampler in (*(self.downsamplers or ()), *(self.upsamplers or ())) if resample else ():
@@ -168,6 +168,7 @@ class UNet3DConditionModel(UNet2DConditionModel):
         self.down_blocks = nn.ModuleList(map(lambda b, h: VideoBlock(b, h, groups), self.down_blocks, heads))
         self.mid_block = VideoBlock(self.mid_block, heads[-1], groups)
         self.up_blocks = nn.ModuleList(map(lambda b, h: VideoBlock(b, h, groups), self.up_blocks, reversed(heads)))
+        self.frames_share_text = any(isinstance(attention, Attention) for attention in self.mid_block.attentions)
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
@@ -218,6 +219,8 @@ class UNet3DConditionModel(UNet2DConditionModel):
         temb = temb if self.time_embed_act is None else self.time_embed_act(temb)
         temb = temb.repeat_interleave(num_frames, dim=0)
         text = self.process_encoder_hidden_states(encoder_hidden_states, {})
+        if not self.frames_share_text:
+            text = text.repeat_interleave(num_frames, dim=0)
 
         hidden_states = self.conv_in(sample.transpose(1, 2).flatten(0, 1))
         if self.transformer_in is not None:
