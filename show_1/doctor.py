@@ -156,6 +156,9 @@ def _device(placement: ModuleType, cascade: Cascade, weights: int | None) -> Fin
     """What the models, of so many bytes in half precision, will run on, and how they will share its memory."""
     import torch
 
+    from show_1.models import cpu_kernels
+    from show_1.pipeline import default_dtype
+
     memory = psutil.virtual_memory().available + psutil.swap_memory().free
     if torch.cuda.is_available():
         weights = weights or placement.SHOW_1
@@ -185,4 +188,7 @@ def _device(placement: ModuleType, cascade: Cascade, weights: int | None) -> Fin
         placement.choose(cascade, torch.device("cpu"), 2 * weights)
     except Show1Error as error:
         return Finding("GPU", False, f"{why}. {error}")
-    return Finding("GPU", True, f"{why}; the models run on the CPU, in single precision.")
+    says = f"{why}; the models run on the CPU, in {str(default_dtype(torch.device('cpu'))).removeprefix('torch.')}"
+    if cpu_kernels.compiler() is None:
+        says += f", slower than they could, as {cpu_kernels.NO_COMPILER}"
+    return Finding("GPU", True, f"{says}.")

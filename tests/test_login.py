@@ -218,6 +218,12 @@ def test_mini_needs_no_hub(doctor, server):
     assert server.requests == requests
 
 
+def test_without_a_compiler_mini_runs_slower(doctor):
+    done = doctor("--cascade", "mini", PATH="", CXX="")
+    gpu = next(line for line in done.stdout.splitlines() if "GPU" in line)
+    assert done.returncode == 0 and gpu.startswith("ok") and "slower" in gpu and "apt-get install g++" in gpu
+
+
 def test_a_folder_of_models(doctor, served, tmp_path):
     assert doctor("--models", served).returncode == 0
     shutil.copytree(served, tmp_path / "models")

@@ -4,7 +4,8 @@ import copy
 import importlib.util
 import json
 import os
-import sys
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from show_1.models import UNet3DConditionModel, attention, channels_last, frame_multiple, try_kernels
+from show_1.models import UNet3DConditionModel, attention, channels_last, cpu_kernels, frame_multiple, try_kernels
 from show_1.models.attention import FrameAttention, TextAttention
 from show_1.models.convolution import over_frames
 from show_1.models.group_norm import ACTIVATIONS, GroupNorm
@@ -225,7 +226,20 @@ def _kernels_device() -> str | None:
     return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda" if torch.cuda.is_available() else None
 
 
-@pytest.mark.skipif(not _kernels_device(), reason="needs Triton, and CUDA or TRITON_INTERPRET=1")
+needs_gpu = pytest.mark.skipif(not _kernels_device(), reason="needs Triton, and CUDA or TRITON_INTERPRET=1")
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+on_both = pytest.mark.parametrize(
+    ("kernels", "device", "dtype"),
+    [
+        *(
+            pytest.param("gpu_kernels", _kernels_device(), dtype, marks=needs_gpu)
+            for dtype in (torch.float16, torch.bfloat16, torch.float32)
+        ),
+        *(pytest.param("cpu_kernels", "cpu", dtype, marks=needs_compiler) for dtype in (torch.bfloat16, torch.float32)),
+    ],
+)
+
+
 @pytest.mark.parametrize(
     ("groups", "shape"),
     [
@@ -237,13 +251,11 @@ def _kernels_device() -> str | None:
         (32, (1, 128, 70, 70)),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@on_both
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 @torch.no_grad()
-def test_kernels_compute_the_formula(groups, shape, dtype, offset):
-    from show_1.models import kernels
-
-    device = _kernels_device()
+def test_kernels_compute_the_formula(groups, shape, kernels, device, dtype, offset):
+    kernels = importlib.import_module(f"show_1.models.{kernels}")
     norm, x, scale, shift = _norm_case(groups, shape, offset)
     norm, x, scale, shift = (thing.to(device, dtype) for thing in (norm, x, scale, shift))
     # Far from 0, rounding to bfloat16 leaves a small group hardly any variance, and the norm enlarges what is left.
@@ -262,11 +274,11 @@ def test_kernels_compute_the_formula(groups, shape, dtype, offset):
         assert ((y - expected).abs() <= roundings * precision * (1 + expected.abs())).all()
 
 
-@pytest.mark.skipif(not _kernels_device(), reason="needs Triton, and CUDA or TRITON_INTERPRET=1")
+@needs_gpu
 @pytest.mark.parametrize("dtypes", [(torch.float16, torch.float16), (torch.float32, torch.bfloat16)])
 @pytest.mark.parametrize("shape", [(2, 32, 5, 7), (1, 320, 3, 50, 9), (3, 129, 1)])
 def test_sum_with_a_bias_computes_the_formula(shape, dtypes):
-    from show_1.models import kernels
+    from show_1.models import gpu_kernels
 
     torch.manual_seed(0)
     x, y = (
@@ -274,38 +286,36 @@ def test_sum_with_a_bias_computes_the_formula(shape, dtypes):
         for dtype in dtypes
     )
     bias = torch.randn(shape[1], device=_kernels_device(), dtype=dtypes[1])
-    total = kernels.add(x, y, bias)
+    total = gpu_kernels.add(x, y, bias)
     assert (total.dtype, total.stride()) == (dtypes[0], x.stride())
     exact = x.double() + y.double() + bias.double()[(..., *[None] * (x.ndim - 2))]
     assert (total - exact).abs().max() <= 2 * torch.finfo(dtypes[0]).eps * exact.abs().max()
 
 
-@pytest.mark.skipif(not _kernels_device(), reason="needs Triton, and CUDA or TRITON_INTERPRET=1")
+@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("channels", "out"), [(32, 64), (64, 32), (128, 128)])
 @pytest.mark.parametrize(("frames", "pixels"), [(1, 3), (2, 130), (5, 300)])
 def test_convolution_over_frames_computes_the_formula(channels, out, frames, pixels, dtype):
-    from show_1.models import kernels
+    from show_1.models import gpu_kernels
 
     if (_kernels_device(), dtype) == ("cpu", torch.bfloat16):
         pytest.skip("Triton's interpreter multiplies the bits of bfloat16")
     torch.manual_seed(0)
     x = torch.randn(2, frames, pixels, channels, device=_kernels_device(), dtype=dtype).permute(0, 3, 1, 2)
     weight = torch.randn(out, channels, 3, device=_kernels_device(), dtype=dtype) / (3 * channels) ** 0.5
-    y = kernels.frame_conv(x, weight)
+    y = gpu_kernels.frame_conv(x, weight)
     assert (y.dtype, y.movedim(1, -1).is_contiguous()) == (dtype, True)
     exact = F.conv2d(x.double(), weight.double()[..., None], padding=(1, 0))
     assert ((y - exact).abs() <= torch.finfo(dtype).eps * (1 + exact.abs())).all()
 
 
-@pytest.mark.skipif(not _kernels_device(), reason="needs Triton, and CUDA or TRITON_INTERPRET=1")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@on_both
 @pytest.mark.parametrize("shape", [(2, 3, 80), (70, 200), (1, 2 * 5000)])
-def test_gated_gelu_computes_the_formula(shape, dtype):
-    from show_1.models import kernels
-
+def test_gated_gelu_computes_the_formula(shape, kernels, device, dtype):
+    kernels = importlib.import_module(f"show_1.models.{kernels}")
     torch.manual_seed(0)
-    x = torch.randn(shape, device=_kernels_device(), dtype=dtype)
+    x = torch.randn(shape, device=device, dtype=dtype)
     values, gates = x.double().chunk(2, dim=-1)
     exact = values * F.gelu(gates)
     assert ((kernels.gated_gelu(x) - exact).abs() <= (torch.finfo(dtype).eps + 1e-7) * (1 + exact.abs())).all()
@@ -325,7 +335,7 @@ def test_few_channels_over_frames_are_left_to_our_kernel_in_float16(monkeypatch,
         taken.append((name, tuple(weight.shape)))
         return F.conv2d(x, weight[..., None], padding=(1, 0)) if works else None
 
-    monkeypatch.setattr(try_kernels, "suit", lambda x: True)
+    monkeypatch.setattr(try_kernels, "suit", lambda name, x: True)
     monkeypatch.setattr(try_kernels, "attempt", attempt)
     made, bias = over_frames(conv, x, apart=True)
     assert taken == [("frame_conv", (128, 128, 3))]
@@ -347,7 +357,7 @@ def test_a_unet_whose_kernels_take_biases_along_computes_the_same(monkeypatch, f
         taken.add(name)
         return KERNELS[name](*args) if works else None
 
-    monkeypatch.setattr(try_kernels, "suit", lambda x: True)
+    monkeypatch.setattr(try_kernels, "suit", lambda name, x: True)
     monkeypatch.setattr(try_kernels, "attempt", attempt)
     assert (unet(**inputs).sample - expected).abs().max() < 1e-10
     assert {"group_norm", "add", "gated_gelu"} <= taken
@@ -386,7 +396,7 @@ KERNELS = {
         ({}, {"hidden_states": torch.ones(6, 40, 2, 3)}, False),
         ({}, {"attention_mask": torch.tensor([[0.0, 0, -1e4, 0, 0]]).expand(6, -1)}, False),
         ({}, {"encoder_hidden_states": torch.ones(6, 3, 40)}, False),
-        ({"dim_head": 16}, {}, False),
+        ({"dim_head": 16}, {}, True),
         ({"dim_head": 68}, {}, False),
         ({"norm_num_groups": 4}, {}, False),
         ({"qk_norm": "layer_norm"}, {}, False),
@@ -407,7 +417,7 @@ def test_frame_attention_is_diffusers(monkeypatch, variant, call, ours):
     attention.set_processor(FrameAttention())
     assert (attention(**call) - expected).abs().max() < 1e-12
     taken = []
-    monkeypatch.setattr(try_kernels, "suit", lambda x: True)
+    monkeypatch.setattr(try_kernels, "suit", lambda name, x: True)
     monkeypatch.setattr(try_kernels, "attempt", lambda name, *args: taken.append(name) or _scaled_dot_product(*args))
     assert (attention(**call) - expected).abs().max() < 1e-12
     assert taken == ["short_attention"] * ours
@@ -446,20 +456,18 @@ def test_frame_attention_is_the_temporal_transformers():
     assert ours == {name for name in unet.attn_processors if "temp_attentions" in name} != set()
 
 
-@pytest.mark.skipif(not _kernels_device(), reason="needs Triton, and CUDA or TRITON_INTERPRET=1")
 @pytest.mark.parametrize("frames", [1, 5, 8, 16])
 @pytest.mark.parametrize("features", [5, 10, 12, 15, 20, 64])
 @pytest.mark.parametrize("heads", [3, 64])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@on_both
 @torch.no_grad()
-def test_short_attention_computes_the_formula(frames, features, heads, dtype):
-    from show_1.models import kernels
-
+def test_short_attention_computes_the_formula(frames, features, heads, kernels, device, dtype):
+    kernels = importlib.import_module(f"show_1.models.{kernels}")
     torch.manual_seed(0)
     channels = heads * features
     size = torch.tensor([1, 100])[:, None, None]  # of the second sequence's scores, exponentials would overflow
     q, k, v = torch.randn(3, 2, frames, channels)
-    q, k, v = (x.to(_kernels_device(), dtype) for x in (q * size, k, v))
+    q, k, v = (x.to(device, dtype) for x in (q * size, k, v))
     k, v = torch.cat([k, v], dim=-1).split(channels, dim=-1)
     v = v.transpose(0, 1).contiguous().transpose(0, 1)
     y = kernels.short_attention(q, k, v, heads)
@@ -468,20 +476,70 @@ def test_short_attention_computes_the_formula(frames, features, heads, dtype):
     assert (difference <= 4 * torch.finfo(dtype).eps + 1e-6 * size).all()
 
 
+@pytest.fixture
+def uncompiled(monkeypatch, tmp_path):
+    """CPU kernels as in a new process of a user whose cache is the folder given back, which is not there yet."""
+    caches = (cpu_kernels._library, cpu_kernels._functions)
+    for cache in caches:
+        cache.cache_clear()
+    monkeypatch.setattr(try_kernels, "failed", set())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield tmp_path / "cache"
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", None])
 @torch.no_grad()
-def test_without_kernels_it_goes_on_and_says_so_once(monkeypatch, caplog):
+def test_without_kernels_it_goes_on_and_says_so_once(uncompiled, monkeypatch, caplog, compiler):
     norm, x, *_ = _norm_case(8, (2, 32, 3, 4))
     attention, tokens = _attention(), torch.randn(6, 5, 40, dtype=torch.float64)
     expected = attention(tokens)
-    attention.set_processor(FrameAttention())
-    monkeypatch.setattr(try_kernels, "failed", False)
-    monkeypatch.setattr(try_kernels, "suit", lambda _: not try_kernels.failed)
-    monkeypatch.setitem(sys.modules, "show_1.models.kernels", None)  # importing it fails
-    monkeypatch.delattr("show_1.models.kernels", raising=False)
+    normalised = _formula(x, norm, "silu", None, None)
+    attention.float().set_processor(FrameAttention())
+    norm.float()
+    monkeypatch.setenv("CXX", compiler or "")
+    if compiler is None:
+        monkeypatch.setenv("PATH", "")
     for _ in range(2):
-        assert (attention(tokens) - expected).abs().max() < 1e-12
-        assert (norm(x, "silu") - _formula(x, norm, "silu", None, None)).abs().max() < 1e-10
+        assert (attention(tokens.float()) - expected).abs().max() < 1e-5
+        assert (norm(x.float(), "silu") - normalised).abs().max() < 1e-5
     assert [record.name for record in caplog.records] == ["show-1"]
+    assert (compiler or "g++") in caplog.text
+
+
+@needs_compiler
+def test_cpu_kernels_are_compiled_once(uncompiled, monkeypatch):
+    g = torch.randn(3, 8)
+    expected = cpu_kernels.gated_gelu(g)
+    (kept,) = (uncompiled / "show-1").iterdir()
+    for cache in (cpu_kernels._library, cpu_kernels._functions):
+        cache.cache_clear()
+    monkeypatch.setattr(subprocess, "run", None)
+    assert cpu_kernels.gated_gelu(g).equal(expected)
+    assert list((uncompiled / "show-1").iterdir()) == [kept]
+
+
+@needs_compiler
+def test_cpu_kernels_need_no_cache(uncompiled):
+    uncompiled.write_text("a file where the folder would be")
+    g = torch.randn(3, 8)
+    assert (cpu_kernels.gated_gelu(g) - g[:, :4] * F.gelu(g[:, 4:])).abs().max() < 1e-6
+
+
+@needs_compiler
+@torch.no_grad()
+def test_cpu_kernels_compute_the_same_on_any_number_of_threads():
+    norm, x, *_ = _norm_case(8, (1, 32, 50, 30))
+    norm, x = norm.float(), x.float()
+    made, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            made.append(cpu_kernels.group_norm(x, 8, norm.weight, norm.bias, norm.eps))
+    finally:
+        torch.set_num_threads(threads)
+    assert made[0].equal(made[1]) and made[0].equal(made[2])
 
 
 @pytest.mark.parametrize(

@@ -82,15 +82,13 @@ def _is_short(attn: Attention, hidden_states: torch.Tensor) -> bool:
 
 def _attend(attn: Attention, hidden_states: torch.Tensor) -> torch.Tensor | None:
     """Return what the heads make of it, (sequences, frames, channels); None where PyTorch's way is the better one."""
-    features = attn.inner_dim // attn.heads
-    on_gpu = features % 8 != 0 and try_kernels.suit(hidden_states)
-    on_cpu = features <= 20 and hidden_states.device.type == "cpu" and not torch.is_grad_enabled()
-    if not on_gpu and not on_cpu:
+    features, on_cpu = attn.inner_dim // attn.heads, hidden_states.device.type == "cpu"
+    suits = try_kernels.suit("short_attention", hidden_states)
+    if not (features <= 20 and not torch.is_grad_enabled() if on_cpu else features % 8 != 0 and suits):
         return None
     query, key, value = (project(hidden_states) for project in (attn.to_q, attn.to_k, attn.to_v))
-    if on_gpu:
-        return try_kernels.attempt("short_attention", query, key, value, attn.heads)
-    return attend_across(query, key, value, attn.heads)
+    change = try_kernels.attempt("short_attention", query, key, value, attn.heads) if suits else None
+    return attend_across(query, key, value, attn.heads) if change is None and on_cpu else change
 
 
 def attend_across(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:

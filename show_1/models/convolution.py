@@ -18,7 +18,7 @@ def without_bias(conv: nn.Conv2d, x: torch.Tensor) -> tuple[torch.Tensor, torch.
 
     The bias, (out_channels,), is None where it has been added.
     """
-    if conv.bias is None or not try_kernels.suit(x):
+    if conv.bias is None or not try_kernels.suit("add", x):
         return conv(x), None
     return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups), conv.bias
 
@@ -30,7 +30,7 @@ def over_frames(conv: nn.Conv3d, x: torch.Tensor, *, apart: bool) -> tuple[torch
     convolutions have none. Unless it is to come `apart`, the bias is added.
     """
     weight = conv.weight.squeeze(-1)
-    if not apart or not try_kernels.suit(x):
+    if not apart or not try_kernels.suit("add", x):
         return F.conv2d(x, weight, conv.bias, padding=(1, 0)), None
     made = None
     if weight.shape[:2] == SLOW and x.dtype == weight.dtype == torch.float16 and _channels_last(x):
@@ -45,7 +45,7 @@ def add(x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Te
     if bias is None:
         return x + y
     total = None
-    if try_kernels.suit(x) and _channels_last(x) and _channels_last(y):
+    if try_kernels.suit("add", x) and _channels_last(x) and _channels_last(y):
         total = try_kernels.attempt("add", x, y, bias)
     return x + y + bias[(..., *[None] * (x.ndim - 2))] if total is None else total
 

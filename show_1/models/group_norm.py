@@ -36,7 +36,7 @@ class GroupNorm(nn.GroupNorm):
         """
         activation = activation or self.activation
         x = x if self.least is None else x.to(torch.promote_types(x.dtype, self.least))
-        if try_kernels.suit(x) and x.movedim(1, -1).is_contiguous():
+        if try_kernels.suit("group_norm", x) and x.movedim(1, -1).is_contiguous():
             rest = (self.num_groups, self.weight, self.bias, self.eps, activation, scale, shift, added)
             y = try_kernels.attempt("group_norm", x, *rest)
             if y is not None:

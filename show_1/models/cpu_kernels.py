@@ -1,0 +1,140 @@
+"""Kernels for CPUs: group norm in channels last, gated GELU, attention over short sequences.
+
+`cpu_kernels.cpp` is compiled by the system's C++ compiler when it is first needed, within two seconds; what comes of it
+is kept in the user's cache. Where there is no compiler, calls raise.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+# Numbers are as for -O3, but for what becomes of infinities and of what is compared with NaN.
+FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffinite-math-only", "-fno-signed-zeros"]
+FLAGS += ["-std=c++17", "-fopenmp", "-shared", "-fPIC"]
+# What PyTorch found the CPU to have; others, such as ARM's, have their vectors without being asked.
+VECTORS = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}
+PATIENCE = 60  # seconds for the compiler
+NO_COMPILER = "there is no C++ compiler (on Debian and Ubuntu: sudo apt-get install g++)"
+
+POINTER, NUMBER, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+STRIDED = [POINTER, NUMBER]
+ARGUMENTS = {
+    "group_norm": [*[POINTER] * 4, *[NUMBER] * 5, POINTER, POINTER, ctypes.c_double, NUMBER, *STRIDED * 3, THREADS],
+    "gated_gelu": [POINTER, POINTER, NUMBER, NUMBER, THREADS],
+    "short_attention": [*[*STRIDED, NUMBER] * 3, POINTER, *[NUMBER] * 4, THREADS],
+}
+
+ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}
+AT_ONCE = 2**13  # elements that are summed up in float32 before float64 goes on
+
+
+def compiler() -> str | None:
+    """Return the system's C++ compiler, or that of the variable CXX; None where there is none."""
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+
+
+def group_norm(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    activation: str | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    added: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return activation(norm(x + added)·(1 + scale) + shift), computed in float32, in the type and layout of `x`.
+
+    `x` is (batch, channels, …) and lies in memory as (batch, …, channels); `scale` and `shift` are (batch, channels),
+    `added` too or (channels,).
+    """
+    batch, channels = x.shape[:2]
+    pixels = x.numel() // (batch * channels)
+    rows = min(pixels, max(1, AT_ONCE // channels))
+    parts = torch.empty(batch, -(-pixels // rows), 2, channels)
+    lines = torch.empty(batch, 2, channels)
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    extra = [None if each is None else each.to(x.dtype).expand(batch, channels) for each in (scale, shift, added)]
+    extra = [each if each is None or each.stride(1) == 1 else each.contiguous() for each in extra]
+    strided = (part for each in extra for part in ((None, 0) if each is None else (each.data_ptr(), each.stride(0))))
+    y = torch.empty_like(x)
+    _function("group_norm", x)(
+        *(x.data_ptr(), y.data_ptr(), parts.data_ptr(), lines.data_ptr(), batch, pixels, channels, groups, rows),
+        *(weight.data_ptr(), bias.data_ptr(), eps, ACTIVATIONS[activation], *strided, torch.get_num_threads()),
+    )
+    return y
+
+
+def gated_gelu(x: torch.Tensor) -> torch.Tensor:
+    """Return the first half of the last dimension times the GELU of the second, computed in float32, in its type."""
+    y = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype)
+    rows = x.numel() // x.shape[-1]
+    _function("gated_gelu", x)(x.data_ptr(), y.data_ptr(), rows, y.shape[-1], torch.get_num_threads())
+    return y
+
+
+def short_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return softmax(q·kᵀ/√features)·v of each head, computed in float32, in the type and shape of `q`.
+
+    All are (sequences, frames, heads·features), with the last dimension contiguous.
+    """
+    sequences, frames, channels = q.shape
+    strided = (part for each in (q, k, v) for part in (each.data_ptr(), *each.stride()[:2]))
+    y = torch.empty(q.shape, dtype=q.dtype)
+    _function("short_attention", q)(
+        *(*strided, y.data_ptr(), sequences, frames, heads, channels // heads, torch.get_num_threads())
+    )
+    return y
+
+
+def _function(name: str, x: torch.Tensor) -> Callable[..., None]:
+    return _functions(str(x.dtype).removeprefix("torch."))[name]
+
+
+@functools.cache
+def _functions(dtype: str) -> dict[str, Callable[..., None]]:
+    found = {}
+    for name, arguments in ARGUMENTS.items():
+        found[name] = getattr(_library(), f"{name}_{dtype}")
+        found[name].argtypes, found[name].restype = arguments, None
+    return found
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    program = compiler()
+    if program is None:
+        raise FileNotFoundError(NO_COMPILER)
+    command = [program, *FLAGS, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())]
+    name = hashlib.sha256(" ".join(command).encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "show-1" / f"cpu-kernels-{name}.so"
+    return ctypes.CDLL(str(kept)) if kept.exists() else _compile(command, kept)
+
+
+def _compile(command: list[str], kept: Path) -> ctypes.CDLL:
+    """Compile, keep what comes of it where that can be written to, and load it."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "kernels.so"
+        run = subprocess.run(
+            [*command, SOURCE, "-o", made], stderr=subprocess.PIPE, text=True, timeout=PATIENCE, check=False
+        )
+        if run.returncode:
+            raise RuntimeError(f"{command[0]} cannot compile them: {run.stderr.strip()}")
+        part = kept.with_suffix(f".{os.getpid()}")
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(made, part)
+            os.replace(part, kept)  # in one step: another process may want it, too
+        except OSError:
+            return ctypes.CDLL(str(made))
+    return ctypes.CDLL(str(kept))
