@@ -73,7 +73,7 @@ def cases(
         x, weight, bias = filled(*shape), *torch.randn(2, shape[1], device=device, dtype=dtype)
         yield (
             f"group norm and GELU {shape}",
-            lambda x=x, w=weight, b=bias: kernels.group_norm(x, 32, w, b, 1e-5, "gelu"),
+            lambda x=x, w=weight, b=bias: kernels.group_norm(x, dtype, 32, w, b, 1e-5, "gelu"),
             lambda x=x, w=weight, b=bias: F.gelu(F.group_norm(x, 32, w, b, 1e-5)),
         )
     for shape in shapes.get("add", ()):

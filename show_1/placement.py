@@ -97,7 +97,7 @@ def place(pipeline: "Show1Pipeline", tier: Tier, device: torch.device) -> None:
     from accelerate import cpu_offload_with_hook  # these take seconds, which the doctor does not have
     from diffusers.hooks import apply_group_offloading
 
-    from show_1.models import channels_last
+    from show_1.models import channels_last, sum_in_float32
 
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())  # as the hooks will see it
@@ -114,6 +114,7 @@ def place(pipeline: "Show1Pipeline", tier: Tier, device: torch.device) -> None:
     if device.type != "mps":  # whose kernels know one layout
         for model in (*unets, pipeline.latent_upscale.vae):
             channels_last(model)
+        sum_in_float32(pipeline.keyframes.unet)
     coming_and_going = ([] if tier.text_by_layer else [text_encoder]) + unets if tier.one_at_a_time else []
     where = {"onload_device": device, "offload_device": torch.device("cpu")}
     streamed = []

@@ -17,7 +17,15 @@ from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from show_1.models import UNet3DConditionModel, attention, channels_last, cpu_kernels, frame_multiple, try_kernels
+from show_1.models import (
+    UNet3DConditionModel,
+    attention,
+    channels_last,
+    cpu_kernels,
+    frame_multiple,
+    sum_in_float32,
+    try_kernels,
+)
 from show_1.models.attention import FrameAttention, TextAttention
 from show_1.models.convolution import over_frames
 from show_1.models.group_norm import ACTIVATIONS, GroupNorm
@@ -166,6 +174,27 @@ def test_the_last_layers_do_not_round_to_half_precision(dtype, sums):
     assert (sample.transpose(1, 2).flatten(0, 1) - expected).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("works", [True, False])
+@torch.no_grad()
+def test_sums_in_float32(monkeypatch, family, works):
+    """With and without kernels: what blocks hand on is float32 then, what is multiplied is not."""
+    monkeypatch.setattr(try_kernels, "failed", set() if works else {"cpu"})
+    unet = channels_last(_unet(family).bfloat16())
+    expected = copy.deepcopy(unet).double()(**_inputs(unet, torch.float64)).sample
+    rounded = unet(**_inputs(unet, torch.bfloat16)).sample
+    sum_in_float32(unet)
+    handed_on, multiplied = set(), set()
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock | TemporalConv):
+            module.register_forward_hook(lambda module, given, made: handed_on.add(made.dtype))
+        elif isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda module, given: multiplied.add(given[0].dtype))
+    made = unet(**_inputs(unet, torch.bfloat16)).sample
+    assert (handed_on, multiplied) == ({torch.float32}, {torch.bfloat16})
+    assert (made - expected).square().mean() < (rounded - expected).square().mean()
+
+
 @pytest.mark.parametrize("shape", [(2, 32, 3, 4), (1, 64, 40, 40), (3, 32, 1, 1)])
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_group_norm_is_pytorchs(shape, offset):
@@ -266,8 +295,10 @@ def test_kernels_compute_the_formula(groups, shape, kernels, device, dtype, offs
         ("silu", None, None, norm.bias),
         ("gelu", scale, shift, shift - 3),
     ):
-        y = kernels.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, *rest)
-        assert (y.shape, y.dtype, y.stride()) == (x.shape, x.dtype, x.stride())
+        call = (dtype, norm.num_groups, norm.weight, norm.bias, norm.eps, *rest)
+        y = kernels.group_norm(x, *call)
+        assert (y.shape, y.dtype, y.stride()) == (x.shape, dtype, x.stride())
+        assert kernels.group_norm(x.float(), *call).equal(y)
         exact = (part if part is None or isinstance(part, str) else part.double() for part in rest)
         expected = _formula(x.double(), copy.deepcopy(norm).double(), *exact)
         roundings = 1 if rest[3] is None else 2  # a sum, too
@@ -335,7 +366,7 @@ def test_few_channels_over_frames_are_left_to_our_kernel_in_float16(monkeypatch,
         taken.append((name, tuple(weight.shape)))
         return F.conv2d(x, weight[..., None], padding=(1, 0)) if works else None
 
-    monkeypatch.setattr(try_kernels, "suit", lambda name, x: True)
+    monkeypatch.setattr(try_kernels, "suit", lambda name, *_: True)
     monkeypatch.setattr(try_kernels, "attempt", attempt)
     made, bias = over_frames(conv, x, apart=True)
     assert taken == [("frame_conv", (128, 128, 3))]
@@ -357,16 +388,16 @@ def test_a_unet_whose_kernels_take_biases_along_computes_the_same(monkeypatch, f
         taken.add(name)
         return KERNELS[name](*args) if works else None
 
-    monkeypatch.setattr(try_kernels, "suit", lambda name, x: True)
+    monkeypatch.setattr(try_kernels, "suit", lambda name, *_: True)
     monkeypatch.setattr(try_kernels, "attempt", attempt)
     assert (unet(**inputs).sample - expected).abs().max() < 1e-10
     assert {"group_norm", "add", "gated_gelu"} <= taken
 
 
-def _group_norm(x, groups, weight, bias, eps, activation, scale, shift, added) -> torch.Tensor:
+def _group_norm(x, dtype, groups, weight, bias, eps, activation, scale, shift, added) -> torch.Tensor:
     norm = GroupNorm(groups, len(weight), eps)
     norm.weight.data, norm.bias.data = weight, bias
-    return _formula(x, norm, activation, scale, shift, added)
+    return _formula(x, norm, activation, scale, shift, added).to(dtype)
 
 
 def _attention(**variant) -> Attention:
@@ -417,7 +448,7 @@ def test_frame_attention_is_diffusers(monkeypatch, variant, call, ours):
     attention.set_processor(FrameAttention())
     assert (attention(**call) - expected).abs().max() < 1e-12
     taken = []
-    monkeypatch.setattr(try_kernels, "suit", lambda name, x: True)
+    monkeypatch.setattr(try_kernels, "suit", lambda name, *_: True)
     monkeypatch.setattr(try_kernels, "attempt", lambda name, *args: taken.append(name) or _scaled_dot_product(*args))
     assert (attention(**call) - expected).abs().max() < 1e-12
     assert taken == ["short_attention"] * ours
@@ -479,7 +510,7 @@ def test_short_attention_computes_the_formula(frames, features, heads, kernels, 
 @pytest.fixture
 def uncompiled(monkeypatch, tmp_path):
     """CPU kernels as in a new process of a user whose cache is the folder given back, which is not there yet."""
-    caches = (cpu_kernels._library, cpu_kernels._functions)
+    caches = (cpu_kernels._library, cpu_kernels._function)
     for cache in caches:
         cache.cache_clear()
     monkeypatch.setattr(try_kernels, "failed", set())
@@ -513,7 +544,7 @@ def test_cpu_kernels_are_compiled_once(uncompiled, monkeypatch):
     g = torch.randn(3, 8)
     expected = cpu_kernels.gated_gelu(g)
     (kept,) = (uncompiled / "show-1").iterdir()
-    for cache in (cpu_kernels._library, cpu_kernels._functions):
+    for cache in (cpu_kernels._library, cpu_kernels._function):
         cache.cache_clear()
     monkeypatch.setattr(subprocess, "run", None)
     assert cpu_kernels.gated_gelu(g).equal(expected)
@@ -536,7 +567,7 @@ def test_cpu_kernels_compute_the_same_on_any_number_of_threads():
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            made.append(cpu_kernels.group_norm(x, 8, norm.weight, norm.bias, norm.eps))
+            made.append(cpu_kernels.group_norm(x, x.dtype, 8, norm.weight, norm.bias, norm.eps))
     finally:
         torch.set_num_threads(threads)
     assert made[0].equal(made[1]) and made[0].equal(made[2])

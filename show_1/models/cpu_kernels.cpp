@@ -1,5 +1,5 @@
 // What cpu_kernels.py compiles: loops over channels and heads that the compiler turns into vector instructions, shared
-// among OpenMP's threads. All is computed in float32; T is float or bfloat16.
+// among OpenMP's threads. All is computed in float32; T, and U where another type comes back, is float or bfloat16.
 
 #include <cmath>
 #include <cstdint>
@@ -98,8 +98,8 @@ void summarise(const T *__restrict x, int64_t pixels, int64_t channels, float *_
     }
 }
 
-template <typename T, typename Activation>
-void apply(const T *__restrict x, T *__restrict y, const float *__restrict factors, const float *__restrict offsets,
+template <typename T, typename U, typename Activation>
+void apply(const T *__restrict x, U *__restrict y, const float *__restrict factors, const float *__restrict offsets,
            int64_t pixels, int64_t channels) {
     for (int64_t p = 0; p < pixels; p++, x += channels, y += channels)
         for (int64_t c = 0; c < channels; c++) store(y[c], Activation::of(load(x[c]) * factors[c] + offsets[c]));
@@ -107,10 +107,10 @@ void apply(const T *__restrict x, T *__restrict y, const float *__restrict facto
 
 // `parts` has room for batch·chunks·2·channels, `lines` for batch·2·channels. The chunks, of `rows` pixels, are the same
 // for any number of threads, and so are the numbers.
-template <typename T>
-void group_norm(const T *x, T *y, float *parts, float *lines, int64_t batch, int64_t pixels, int64_t channels,
-                int64_t groups, int64_t rows, const T *weight, const T *bias, double eps, int64_t activation,
-                const T *scale, int64_t scale_stride, const T *shift, int64_t shift_stride, const T *added,
+template <typename T, typename U>
+void group_norm(const T *x, U *y, float *parts, float *lines, int64_t batch, int64_t pixels, int64_t channels,
+                int64_t groups, int64_t rows, const U *weight, const U *bias, double eps, int64_t activation,
+                const U *scale, int64_t scale_stride, const U *shift, int64_t shift_stride, const U *added,
                 int64_t added_stride, int threads) {
     const int64_t chunks = (pixels + rows - 1) / rows, width = channels / groups;
     const auto first = [=](int64_t chunk) { return chunk / chunks * pixels + chunk % chunks * rows; };
@@ -152,12 +152,12 @@ void group_norm(const T *x, T *y, float *parts, float *lines, int64_t batch, int
 #pragma omp for
         for (int64_t i = 0; i < batch * chunks; i++) {
             const T *from = x + first(i) * channels;
-            T *to = y + first(i) * channels;
+            U *to = y + first(i) * channels;
             const float *factors = lines + 2 * (i / chunks) * channels, *offsets = factors + channels;
             switch (activation) {
-                case 1: apply<T, SiLU>(from, to, factors, offsets, size(i), channels); break;
-                case 2: apply<T, GELU>(from, to, factors, offsets, size(i), channels); break;
-                default: apply<T, Identity>(from, to, factors, offsets, size(i), channels);
+                case 1: apply<T, U, SiLU>(from, to, factors, offsets, size(i), channels); break;
+                case 2: apply<T, U, GELU>(from, to, factors, offsets, size(i), channels); break;
+                default: apply<T, U, Identity>(from, to, factors, offsets, size(i), channels);
             }
         }
     }
@@ -230,26 +230,30 @@ void short_attention(const T *q, int64_t q_sequence, int64_t q_frame, const T *k
 
 }  // namespace
 
-// Each function twice, by the type of what it is given.
-#define EXPORT(type, T)                                                                                                \
-    extern "C" void group_norm_##type(                                                                                 \
-        const T *x, T *y, float *parts, float *lines, int64_t batch, int64_t pixels, int64_t channels, int64_t groups,  \
-        int64_t rows, const T *weight, const T *bias, double eps, int64_t activation, const T *scale,                  \
-        int64_t scale_stride, const T *shift, int64_t shift_stride, const T *added, int64_t added_stride,              \
-        int threads) {                                                                                                 \
-        group_norm(x, y, parts, lines, batch, pixels, channels, groups, rows, weight, bias, eps, activation, scale,     \
+#define GROUP_NORM(name, T, U)                                                                                         \
+    extern "C" void name(const T *x, U *y, float *parts, float *lines, int64_t batch, int64_t pixels,                  \
+                         int64_t channels, int64_t groups, int64_t rows, const U *weight, const U *bias, double eps,   \
+                         int64_t activation, const U *scale, int64_t scale_stride, const U *shift,                     \
+                         int64_t shift_stride, const U *added, int64_t added_stride, int threads) {                    \
+        group_norm(x, y, parts, lines, batch, pixels, channels, groups, rows, weight, bias, eps, activation, scale,    \
                    scale_stride, shift, shift_stride, added, added_stride, threads);                                   \
-    }                                                                                                                  \
-    extern "C" void gated_gelu_##type(const T *x, T *y, int64_t rows, int64_t features, int threads) {                 \
+    }
+#define GATED_GELU(name, T)                                                                                            \
+    extern "C" void name(const T *x, T *y, int64_t rows, int64_t features, int threads) {                              \
         gated_gelu(x, y, rows, features, threads);                                                                     \
-    }                                                                                                                  \
-    extern "C" void short_attention_##type(const T *q, int64_t q_sequence, int64_t q_frame, const T *k,                \
-                                           int64_t k_sequence, int64_t k_frame, const T *v, int64_t v_sequence,        \
-                                           int64_t v_frame, T *y, int64_t sequences, int64_t frames, int64_t heads,    \
-                                           int64_t features, int threads) {                                            \
+    }
+#define SHORT_ATTENTION(name, T)                                                                                       \
+    extern "C" void name(const T *q, int64_t q_sequence, int64_t q_frame, const T *k, int64_t k_sequence,              \
+                         int64_t k_frame, const T *v, int64_t v_sequence, int64_t v_frame, T *y, int64_t sequences,    \
+                         int64_t frames, int64_t heads, int64_t features, int threads) {                               \
         short_attention(q, q_sequence, q_frame, k, k_sequence, k_frame, v, v_sequence, v_frame, y, sequences, frames,  \
                         heads, features, threads);                                                                     \
     }
 
-EXPORT(float32, float)
-EXPORT(bfloat16, bfloat16)
+GROUP_NORM(group_norm_float32_float32, float, float)
+GROUP_NORM(group_norm_float32_bfloat16, float, bfloat16)
+GROUP_NORM(group_norm_bfloat16_bfloat16, bfloat16, bfloat16)
+GATED_GELU(gated_gelu_float32, float)
+GATED_GELU(gated_gelu_bfloat16, bfloat16)
+SHORT_ATTENTION(short_attention_float32, float)
+SHORT_ATTENTION(short_attention_bfloat16, bfloat16)

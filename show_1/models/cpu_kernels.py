@@ -44,6 +44,7 @@ def compiler() -> str | None:
 
 def group_norm(
     x: torch.Tensor,
+    dtype: torch.dtype,
     groups: int,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -53,7 +54,7 @@ def group_norm(
     shift: torch.Tensor | None = None,
     added: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return activation(norm(x + added)·(1 + scale) + shift), computed in float32, in the type and layout of `x`.
+    """Return activation(norm(x + added)·(1 + scale) + shift), computed in float32, in that type and the layout of `x`.
 
     `x` is (batch, channels, …) and lies in memory as (batch, …, channels); `scale` and `shift` are (batch, channels),
     `added` too or (channels,).
@@ -63,12 +64,12 @@ def group_norm(
     rows = min(pixels, max(1, AT_ONCE // channels))
     parts = torch.empty(batch, -(-pixels // rows), 2, channels)
     lines = torch.empty(batch, 2, channels)
-    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-    extra = [None if each is None else each.to(x.dtype).expand(batch, channels) for each in (scale, shift, added)]
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    extra = [None if each is None else each.to(dtype).expand(batch, channels) for each in (scale, shift, added)]
     extra = [each if each is None or each.stride(1) == 1 else each.contiguous() for each in extra]
     strided = (part for each in extra for part in ((None, 0) if each is None else (each.data_ptr(), each.stride(0))))
-    y = torch.empty_like(x)
-    _function("group_norm", x)(
+    y = torch.empty_like(x, dtype=dtype)
+    _function("group_norm", x.dtype, dtype)(
         *(x.data_ptr(), y.data_ptr(), parts.data_ptr(), lines.data_ptr(), batch, pixels, channels, groups, rows),
         *(weight.data_ptr(), bias.data_ptr(), eps, ACTIVATIONS[activation], *strided, torch.get_num_threads()),
     )
@@ -79,7 +80,7 @@ def gated_gelu(x: torch.Tensor) -> torch.Tensor:
     """Return the first half of the last dimension times the GELU of the second, computed in float32, in its type."""
     y = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype)
     rows = x.numel() // x.shape[-1]
-    _function("gated_gelu", x)(x.data_ptr(), y.data_ptr(), rows, y.shape[-1], torch.get_num_threads())
+    _function("gated_gelu", x.dtype)(x.data_ptr(), y.data_ptr(), rows, y.shape[-1], torch.get_num_threads())
     return y
 
 
@@ -91,23 +92,18 @@ def short_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: in
     sequences, frames, channels = q.shape
     strided = (part for each in (q, k, v) for part in (each.data_ptr(), *each.stride()[:2]))
     y = torch.empty(q.shape, dtype=q.dtype)
-    _function("short_attention", q)(
+    _function("short_attention", q.dtype)(
         *(*strided, y.data_ptr(), sequences, frames, heads, channels // heads, torch.get_num_threads())
     )
     return y
 
 
-def _function(name: str, x: torch.Tensor) -> Callable[..., None]:
-    return _functions(str(x.dtype).removeprefix("torch."))[name]
-
-
 @functools.cache
-def _functions(dtype: str) -> dict[str, Callable[..., None]]:
-    found = {}
-    for name, arguments in ARGUMENTS.items():
-        found[name] = getattr(_library(), f"{name}_{dtype}")
-        found[name].argtypes, found[name].restype = arguments, None
-    return found
+def _function(name: str, *types: torch.dtype) -> Callable[..., None]:
+    """Return the function for such types, which `cpu_kernels.cpp` gives in its name."""
+    function = getattr(_library(), "_".join([name, *(str(each).removeprefix("torch.") for each in types)]))
+    function.argtypes, function.restype = ARGUMENTS[name], None
+    return function
 
 
 @functools.cache

@@ -15,6 +15,7 @@ PROGRAMS = 1024  # enough to fill the largest GPUs
 
 def group_norm(
     x: torch.Tensor,
+    dtype: torch.dtype,
     groups: int,
     weight: torch.Tensor,
     bias: torch.Tensor,
@@ -24,7 +25,7 @@ def group_norm(
     shift: torch.Tensor | None = None,
     added: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return activation(norm(x + added)·(1 + scale) + shift), computed in float32, in the type and layout of `x`.
+    """Return activation(norm(x + added)·(1 + scale) + shift), computed in float32, in that type and the layout of `x`.
 
     `x` is (batch, channels, …) and lies in memory as (batch, …, channels); `scale` and `shift` are (batch, channels),
     `added` too or (channels,). Three kernels run: statistics, combine, apply.
@@ -40,7 +41,7 @@ def group_norm(
     chunks = triton.cdiv(pixels, chunk)
     means, squares = torch.empty(2, batch, chunks, channels, dtype=torch.float32, device=x.device)
     factors, offsets = torch.empty(2, batch, channels, dtype=torch.float32, device=x.device)
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=dtype)
     scale, shift, added = (None if each is None else each.expand(batch, channels) for each in (scale, shift, added))
     strides = [stride for each in (scale, shift, added) for stride in ((0, 0) if each is None else each.stride())]
 

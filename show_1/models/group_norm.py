@@ -32,12 +32,13 @@ class GroupNorm(nn.GroupNorm):
         """Return activation(norm(x + added)·(1 + scale) + shift), in the layout of `x`, (batch, channels, …).
 
         `scale` and `shift` are (batch, channels) and come together, `added` is that or (channels,); `activation` is a
-        key of `ACTIVATIONS`.
+        key of `ACTIVATIONS`. Where `x` is in a wider type than the weights, what comes back is in theirs.
         """
         activation = activation or self.activation
         x = x if self.least is None else x.to(torch.promote_types(x.dtype, self.least))
-        if try_kernels.suit("group_norm", x) and x.movedim(1, -1).is_contiguous():
-            rest = (self.num_groups, self.weight, self.bias, self.eps, activation, scale, shift, added)
+        dtype = x.dtype if self.least or x.dtype.itemsize <= self.weight.dtype.itemsize else self.weight.dtype
+        if try_kernels.suit("group_norm", x, dtype) and x.movedim(1, -1).is_contiguous():
+            rest = (dtype, self.num_groups, self.weight, self.bias, self.eps, activation, scale, shift, added)
             y = try_kernels.attempt("group_norm", x, *rest)
             if y is not None:
                 return y
@@ -50,7 +51,7 @@ class GroupNorm(nn.GroupNorm):
             if scale is not None:
                 scale, shift = (_over_pixels(factor, x) for factor in (scale, shift))
                 y = torch.addcmul(shift, y, 1 + scale)
-        return ACTIVATIONS[activation](y) if activation else y
+        return (ACTIVATIONS[activation](y) if activation else y).to(dtype)
 
     def _suits_sums(self, x: torch.Tensor) -> bool:
         if x.ndim != 4 or x.device.type != "cpu":

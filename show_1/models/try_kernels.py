@@ -15,13 +15,13 @@ KERNELS = {"cuda": ("gpu_kernels", *GPU), "cpu": ("cpu_kernels", *CPU)}
 failed = set()  # devices: where one call's kernels cannot be compiled, the others' cannot either
 
 
-def suit(name: str, x: torch.Tensor) -> bool:
-    """Return whether there is such a kernel for `x`; they know no gradients."""
+def suit(name: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Return whether there is such a kernel for `x`, and for a result in that type; they know no gradients."""
     device = x.device.type
     if device in failed or device not in KERNELS or torch.is_grad_enabled():
         return False
     _, names, dtypes = KERNELS[device]
-    return name in names and str(x.dtype).removeprefix("torch.") in dtypes
+    return name in names and {str(each).removeprefix("torch.") for each in (x.dtype, dtype or x.dtype)} <= dtypes
 
 
 def attempt(name: str, x: torch.Tensor, *rest) -> torch.Tensor | None:

@@ -40,7 +40,7 @@ class TemporalConv(TemporalConvLayer):
     def forward(self, hidden_states: torch.Tensor, num_frames: int) -> torch.Tensor:
         """Return hidden states of the given shape, (batch·frames, channels, height, width), and dtype."""
         clip = over_pixels(hidden_states, num_frames)
-        change, bias = clip.to(self.conv1[-1].weight.dtype), None
+        change, bias = clip, None
         for norm, *layers, convolution in (self.conv1, self.conv2, self.conv3, self.conv4):
             change = norm(change) if bias is None else norm(change, added=bias)
             for layer in layers:
@@ -130,9 +130,9 @@ class VideoBlock(nn.Module):
             outputs.append(hidden_states)
         for sampler in (*(self.downsamplers or ()), *(self.upsamplers or ())) if resample else ():
             if isinstance(sampler, Upsample2D):
-                hidden_states = sampler(hidden_states, upsample_size)
+                hidden_states = sampler(hidden_states.to(sampler.conv.weight.dtype), upsample_size)
             elif isinstance(sampler, Downsample2D):
-                hidden_states = sampler(hidden_states)
+                hidden_states = sampler(hidden_states.to(sampler.conv.weight.dtype))
             else:  # the pixel family resamples within a ResNet, which wants the time embedding
                 hidden_states = sampler(hidden_states, temb)
             outputs.append(hidden_states)
