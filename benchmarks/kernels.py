@@ -90,7 +90,7 @@ def cases(
             lambda x=x, w=weight: kernels.frame_conv(x, w),
             lambda x=x, w=weight: F.conv2d(x, w[..., None], padding=(1, 0)),
         )
-    for shape in shapes["gated_gelu"]:
+    for shape in shapes["gated_gelu"] if (device, dtype) != ("cuda", torch.float32) else ():
         x = torch.randn(shape, device=device, dtype=dtype)
         yield (
             f"gated GELU {shape}",

@@ -189,6 +189,6 @@ def _device(placement: ModuleType, cascade: Cascade, weights: int | None) -> Fin
     except Show1Error as error:
         return Finding("GPU", False, f"{why}. {error}")
     says = f"{why}; the models run on the CPU, in {str(default_dtype(torch.device('cpu'))).removeprefix('torch.')}"
-    if cpu_kernels.compiler() is None:
+    if not cpu_kernels.compiler():
         says += f", slower than they could, as {cpu_kernels.NO_COMPILER}"
     return Finding("GPU", True, f"{says}.")

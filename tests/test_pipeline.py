@@ -1,14 +1,16 @@
 """The whole chain on the tiny cascade: its numbers, and what a caller may rely on."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import show_1
 from show_1 import Cascade, Show1Error, Show1Pipeline, video
-from show_1.models import channels_last
+from show_1.models import UNet3DConditionModel, channels_last
 from show_1.pipeline import MAX_SEED, Clip, Notice, Pause, StageStart, StepDone, Video, draw_seed
 from show_1.stages import InterpolationPipeline
 from show_1.text import TextEmbeddings
@@ -138,6 +140,15 @@ def test_mini_in_half_precision_is_within_40_db(dtype):
     exact = Show1Pipeline.from_cascade(cascade, "cpu", torch.float32)("a panda jumping in the snow", seed=1)
     error = np.square(half.frames.astype(float) - exact.frames).mean()
     assert 10 * np.log10(255**2 / error) > 40
+
+
+def test_minis_networks_have_the_same_weights_in_bfloat16():
+    files = [file for file in Path(show_1.__file__).parent.glob("mini/*/*/*.safetensors") if "text" not in str(file)]
+    assert len(files) == 6
+    kept = tuple(UNet3DConditionModel._keep_in_fp32_modules)
+    for file in files:
+        for name, weight in load_file(file).items():
+            assert name.startswith(kept) or weight.bfloat16().half().equal(weight), (file, name)
 
 
 def test_text_is_encoded_in_float32_where_the_networks_are_in_bfloat16():

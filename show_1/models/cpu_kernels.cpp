@@ -203,13 +203,13 @@ void short_attention(const T *q, int64_t q_sequence, int64_t q_frame, const T *k
                 const float *__restrict query = queries + i * channels;
                 std::memset(weights, 0, frames * heads * sizeof *weights);
                 std::memset(change, 0, channels * sizeof *change);
-                for (int64_t h = 0; h < heads; h++) most[h] = -INFINITY, total[h] = 0;
+                std::memset(total, 0, heads * sizeof *total);
                 for (int64_t j = 0; j < frames; j++) {
                     for (int64_t e = 0; e < features; e++)
                         for (int64_t h = 0; h < heads; h++)
                             weights[j * heads + h] += query[e * heads + h] * keys[j * channels + e * heads + h];
                     for (int64_t h = 0; h < heads; h++)
-                        most[h] = most[h] < weights[j * heads + h] ? weights[j * heads + h] : most[h];
+                        most[h] = j && weights[j * heads + h] < most[h] ? most[h] : weights[j * heads + h];
                 }
                 for (int64_t j = 0; j < frames; j++)
                     for (int64_t h = 0; h < heads; h++) {

@@ -4,10 +4,12 @@
 is kept in the user's cache. Where there is no compiler, calls raise.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -19,7 +21,7 @@ import torch
 SOURCE = Path(__file__).with_suffix(".cpp")
 # Numbers are as for -O3, but for what becomes of infinities and of what is compared with NaN.
 FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-ffinite-math-only", "-fno-signed-zeros"]
-FLAGS += ["-std=c++17", "-fopenmp", "-shared", "-fPIC"]
+FLAGS += ["-std=c++17", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC"]
 # What PyTorch found the CPU to have; others, such as ARM's, have their vectors without being asked.
 VECTORS = {"AVX512": ["-march=x86-64-v4"], "AVX2": ["-march=x86-64-v3"]}
 PATIENCE = 60  # seconds for the compiler
@@ -37,9 +39,10 @@ ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}
 AT_ONCE = 2**13  # elements that are summed up in float32 before float64 goes on
 
 
-def compiler() -> str | None:
-    """Return the system's C++ compiler, or that of the variable CXX; None where there is none."""
-    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+def compiler() -> list[str]:
+    """Return the command that the variable CXX names, else the system's C++ compiler; empty where there is none."""
+    found = [shutil.which(name) for name in ("c++", "g++")]
+    return shlex.split(os.environ.get("CXX", "")) or [program for program in found if program][:1]
 
 
 def group_norm(
@@ -108,10 +111,9 @@ def _function(name: str, *types: torch.dtype) -> Callable[..., None]:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    program = compiler()
-    if program is None:
+    if not compiler():
         raise FileNotFoundError(NO_COMPILER)
-    command = [program, *FLAGS, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())]
+    command = [*compiler(), *FLAGS, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())]
     name = hashlib.sha256(" ".join(command).encode() + SOURCE.read_bytes()).hexdigest()[:16]
     kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "show-1" / f"cpu-kernels-{name}.so"
     return ctypes.CDLL(str(kept)) if kept.exists() else _compile(command, kept)
@@ -131,6 +133,8 @@ def _compile(command: list[str], kept: Path) -> ctypes.CDLL:
             kept.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(made, part)
             os.replace(part, kept)  # in one step: another process may want it, too
-        except OSError:
+        except OSError:  # a full disk, for one
+            with contextlib.suppress(OSError):
+                part.unlink()
             return ctypes.CDLL(str(made))
     return ctypes.CDLL(str(kept))
