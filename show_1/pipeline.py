@@ -21,7 +21,7 @@ import show_1
 from show_1 import hub, loading, placement, video
 from show_1.cascade import Cascade
 from show_1.errors import Show1Error
-from show_1.models import frame_multiple
+from show_1.models import frame_multiple, try_kernels
 from show_1.stages import (
     InterpolationPipeline,
     KeyframesPipeline,
@@ -302,7 +302,7 @@ class Show1Pipeline:
             "device": self.keyframes._execution_device.type,
             "dtype": str(self.keyframes.unet.dtype).removeprefix("torch."),
             "weights": self.weights,
-            "versions": versions(),
+            "versions": versions(self.keyframes._execution_device),
         }
 
     def _check_sizes(self) -> None:
@@ -366,14 +366,15 @@ def check_request(prompt: str, seed: int | None, path: str | Path | None) -> Non
         video.check_writable(path)
 
 
-def versions() -> dict[str, str]:
-    """Return what runs here, of all that frames may depend on."""
+def versions(device: torch.device) -> dict[str, str]:
+    """Return what runs on the device, of all that frames may depend on."""
     return {
         "show-1": show_1.__version__,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
+        "kernels": "PyTorch's" if device.type in try_kernels.failed else "Show-1's",  # frames differ, by rounding
     }
 
 

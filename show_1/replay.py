@@ -45,7 +45,7 @@ def here(cascade: Cascade, device: torch.device, pipeline: Show1Pipeline | None)
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "weights": pipeline.weights if pipeline else None,
-        "versions": versions(),
+        "versions": versions(device),
     }
 
 

@@ -5,6 +5,7 @@ import torch
 
 from show_1 import Cascade, Show1Error, Show1Pipeline, replay, video
 from show_1.jobs import clip_frames
+from show_1.models import try_kernels
 from show_1.pipeline import Clip
 
 
@@ -48,6 +49,13 @@ def test_other_frames_are_told_with_what_differs(made, tiny_cascade, tmp_path, c
     said = capsys.readouterr().out
     assert "of 29 frames differ, by up to" in said
     assert f"- torch is {torch.__version__} here, not 1.0" in said and "- the weights are others" in said
+
+
+def test_kernels_that_are_not_here_are_told(made, tiny_cascade, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(try_kernels, "failed", {"cpu"})
+    file = changed(made, tmp_path, seed=8, versions=video.read_metadata(made)["versions"] | {"kernels": "Show-1's"})
+    assert replay.main([str(file), "--cascade", str(tiny_cascade)]) == 1
+    assert "- kernels is PyTorch's here, not Show-1's" in capsys.readouterr().out
 
 
 def test_what_cannot_be_made_again_is_told(made, tmp_path, capsys):

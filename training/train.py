@@ -1207,9 +1207,10 @@ def _export(model: nn.Module, folder: Path) -> None:
     computes in it has the same weights as one in float32: other ones were most of what kept their keyframes apart. In
     those layers rounding took the interpolation's error up by a tenth (both measured).
     """
+    kept = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     saved = copy.deepcopy(model)
     for name, parameter in saved.named_parameters():
-        if not name.startswith(tuple(getattr(model, "_keep_in_fp32_modules", None) or ())):
+        if not name.startswith(kept):
             parameter.data = parameter.data.bfloat16()
     temporary = folder.with_name(f".{folder.name}.part")
     try:
