@@ -184,11 +184,13 @@ def _device(placement: ModuleType, cascade: Cascade, weights: int | None) -> Fin
         if why.startswith("there"):
             remedy = "Install a torch with CUDA, see https://pytorch.org/get-started/locally."
         return Finding("GPU", False, f"{why}, and on the CPU a {cascade.name} video would take many hours. {remedy}")
+    cpu = torch.device("cpu")
+    dtype = default_dtype(cpu)
     try:
-        placement.choose(cascade, torch.device("cpu"), 2 * weights)
+        placement.choose(cascade, cpu, weights * dtype.itemsize // 2)
     except Show1Error as error:
         return Finding("GPU", False, f"{why}. {error}")
-    says = f"{why}; the models run on the CPU, in {str(default_dtype(torch.device('cpu'))).removeprefix('torch.')}"
+    says = f"{why}; the models run on the CPU, in {str(dtype).removeprefix('torch.')}"
     if not cpu_kernels.compiler():
         says += f", slower than they could, as {cpu_kernels.NO_COMPILER}"
     return Finding("GPU", True, f"{says}.")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 log = logging.getLogger("show-1")
@@ -29,19 +30,26 @@ class Recording:
 class Graphed:
     """A module's forward, replayed from the third call of a kind on; the kind is the shapes and types of its inputs.
 
+    A recording reads the weights where they lay: once they have moved, all is recorded anew.
+
     Where recording fails, all modules' calls go on as they were, and the log says so once.
     """
 
     failed = False  # of the class: what one could not, the others will not be able to either
 
-    def __init__(self, forward: Callable):
-        self.forward = forward
+    def __init__(self, module: nn.Module):
+        self.forward, self.weights = module.forward, list(module.parameters())
+        self.addresses: list[int] = []  # of the weights, when what there is was recorded
         self.recordings: dict[tuple, Recording | None] = {}  # None: seen once, which has warmed the libraries up
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = (args, kwargs)
-        kind = tuple((tuple(x.shape), x.dtype, x.device.type) if _is_tensor(x) else x for x in tree_leaves(inputs))
+        kind = tuple((tuple(x.shape), x.dtype, x.device) if _is_tensor(x) else x for x in tree_leaves(inputs))
         kind += tuple(kwargs)
+        addresses = [weight.data_ptr() for weight in self.weights]
+        if addresses != self.addresses:  # somebody has moved them: a recording would read what is there now
+            self.recordings.clear()
+            self.addresses = addresses
         if Graphed.failed:
             self.recordings.clear()  # their memory may be what was missing
             return self.forward(*args, **kwargs)
@@ -65,19 +73,25 @@ class Graphed:
 
 
 def record(forward: Callable, inputs: tuple[tuple, dict]) -> Recording:
-    """Record one call on the present CUDA device; what it computes comes with the first replay."""
+    """Record one call on its inputs' CUDA device; what it computes comes with the first replay."""
     args, kwargs = held = _copy(inputs)
+    device = next(x.device for x in tree_leaves(held) if _is_tensor(x))
+    pool, stream = _shared(device)
     graph = torch.cuda.CUDAGraph()
     # What other threads do on the device meanwhile, such as freeing memory, is no fault of this one's recording.
-    with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
         output = forward(*args, **kwargs)
     return Recording(held, output, graph.replay)
 
 
 @functools.cache
-def _pool() -> tuple[int, int]:
-    """Return the memory that all graphs share: they replay one after the other, and outputs are copied out at once."""
-    return torch.cuda.graph_pool_handle()
+def _shared(device: torch.device) -> tuple[tuple[int, int], torch.cuda.Stream]:
+    """Return the memory that all graphs of a device share, and the stream that they are recorded on.
+
+    They replay one after the other, and outputs are copied out at once. PyTorch's own stream for recording is on the
+    device that was current when it recorded first.
+    """
+    return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
 
 def _copy(values: Any) -> Any:

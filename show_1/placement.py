@@ -5,6 +5,7 @@ diffusers' hooks move it), and what is computed at once is computed in parts.
 """
 
 import ctypes
+import math
 import platform
 import re
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
+from safetensors import safe_open
 
 from show_1 import hub
 from show_1.cascade import STAGES, Cascade
@@ -147,7 +149,7 @@ def place(pipeline: "Show1Pipeline", tier: Tier, device: torch.device) -> None:
                 model.to(device)
     if device.type == "cuda" and not elsewhere:  # a graph knows its weights by their addresses: they must stay
         for unet in unets:
-            unet.forward = Graphed(unet.forward)
+            unet.forward = Graphed(unet)
     pipeline.offload_hooks, pipeline.prompts_at_once = hooks, tier.prompts
 
 
@@ -175,14 +177,28 @@ def dtype_of(component: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def weight_bytes(cascade: Cascade, folders: Mapping[str, Path], dtype: torch.dtype) -> int:
-    """Return the bytes of the cascade's weight files (in half precision), were its models of this dtype."""
+    """Return the bytes of the cascade's weights were its models of this dtype, whatever their files are in."""
     size = 0
     for table in STAGES:
         folder = folders[table]
         for component in set(hub.COMPONENTS[table]) & set(hub.MODELS):
             for name in hub.weights_in(folder, table, component, hub.variant(cascade, table)).names:
-                size += (folder / component / name).stat().st_size * dtype_of(component, dtype).itemsize // 2
+                size += _numbers_in(folder / component / name) * dtype_of(component, dtype).itemsize
     return size
+
+
+def _numbers_in(file: Path) -> int:
+    """Return how many numbers a weight file holds, without reading them."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:
+                return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+        if file.suffix == ".bin":
+            weights = torch.load(file, map_location="meta", mmap=True, weights_only=True)
+            return sum(tensor.numel() for tensor in weights.values())
+        return 0  # an index of shards
+    except Exception:  # damaged, as the loading will tell, or of before PyTorch 1.6
+        return file.stat().st_size // 2
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:

@@ -174,6 +174,15 @@ def test_the_last_layers_do_not_round_to_half_precision(dtype, sums):
     assert (sample.transpose(1, 2).flatten(0, 1) - expected).abs().max() < 1e-4
 
 
+@torch.no_grad()
+def test_a_sample_is_centred_where_the_configuration_says_so():
+    unet = _unet("pixel")
+    inputs = _inputs(unet, torch.float32)
+    expected = unet(**inputs | {"sample": 2 * inputs["sample"] - 1}).sample
+    unet.register_to_config(center_input_sample=True)
+    assert torch.equal(unet(**inputs).sample, expected)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("works", [True, False])
 @torch.no_grad()
@@ -350,6 +359,17 @@ def test_gated_gelu_computes_the_formula(shape, kernels, device, dtype):
     values, gates = x.double().chunk(2, dim=-1)
     exact = values * F.gelu(gates)
     assert ((kernels.gated_gelu(x) - exact).abs() <= (torch.finfo(dtype).eps + 1e-7) * (1 + exact.abs())).all()
+
+
+def test_a_moments_want_of_memory_is_no_fault_of_the_kernels(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(try_kernels, "failed", set())
+    monkeypatch.setattr("show_1.models.cpu_kernels.gated_gelu", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        try_kernels.attempt("gated_gelu", torch.zeros(2, 8))
+    assert not try_kernels.failed
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from show_1 import Cascade, Show1Error, Show1Pipeline, graphs, hub, placement, video
 from show_1.placement import GB, IN_PLACE, SHOW_1, TIERS
@@ -63,6 +64,23 @@ def test_a_size_given_stands_for_a_card(monkeypatch):
         placement.choose(cascade, cuda, SHOW_1, "90GB")
 
 
+def test_weights_count_in_the_type_that_they_are_loaded_in(tiny_cascade, tmp_path):
+    """And not in that of their files, be these safetensors, pickles or pickles of before PyTorch 1.6."""
+    cascade = Cascade.load(tiny_cascade)
+    folders = hub.fetch(cascade)
+    found = {dtype: placement.weight_bytes(cascade, folders, dtype) for dtype in (torch.float16, torch.float32)}
+    assert found[torch.float32] == 2 * found[torch.float16]
+    numbers = {"a": torch.zeros(3, 1000), "b": torch.zeros(5)}
+    for dtype in (torch.float16, torch.float32):
+        weights = {name: tensor.to(dtype) for name, tensor in numbers.items()}
+        save_file(weights, tmp_path / "weights.safetensors")
+        torch.save(weights, tmp_path / "weights.bin")
+        for name in ("weights.safetensors", "weights.bin"):
+            assert placement._numbers_in(tmp_path / name) == 3005
+    torch.save({"a": numbers["a"].half()}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    assert 3000 <= placement._numbers_in(tmp_path / "old.bin") < 3500
+
+
 def test_mini_fits_anywhere_and_show_1_not_in_a_small_computer(monkeypatch):
     mini = Cascade.load("mini")
     weights = placement.weight_bytes(mini, hub.fetch(mini), torch.float32)
@@ -77,28 +95,44 @@ def test_mini_fits_anywhere_and_show_1_not_in_a_small_computer(monkeypatch):
 # --- CUDA graphs, without CUDA
 
 
-def _count_calls(calls):
-    def forward(x, *, deep=None):
-        calls.append(x.shape)
-        return {"sample": x * 2 if deep is None else x * 2 + deep}
+class _Twice(torch.nn.Module):
+    def __init__(self, calls):
+        super().__init__()
+        self.calls, self.factor = calls, torch.nn.Parameter(torch.full((), 2.0), requires_grad=False)
 
-    return forward
+    def forward(self, x, *, deep=None):
+        self.calls.append(x.shape)
+        return {"sample": x * self.factor if deep is None else x * self.factor + deep}
+
+
+def _record(forward, inputs):
+    """Record as on a GPU: what is replayed reads the inputs and the weights where they were then."""
+    held = graphs._copy(inputs)
+    output, factor = forward(*held[0], **held[1]), forward.__self__.factor.data
+    return graphs.Recording(held, output, lambda: output["sample"].copy_(held[0][0] * factor))
 
 
 def test_graphs_replay_from_the_third_call_of_a_kind(monkeypatch):
-    def record(forward, inputs):
-        held = graphs._copy(inputs)
-        output = forward(*held[0], **held[1])
-        return graphs.Recording(held, output, lambda: output["sample"].copy_(held[0][0] * 2))
-
-    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(graphs, "record", _record)
     calls = []
-    graphed = graphs.Graphed(_count_calls(calls))
+    graphed = graphs.Graphed(_Twice(calls))
     outputs = [graphed(torch.full((2,), float(n)))["sample"] for n in range(5)]
     assert len(calls) == 2  # once as ever, once recorded
     assert [output[0].item() for output in outputs] == [0, 2, 4, 6, 8]  # none was written over
     graphed(torch.ones(3))
     graphed(torch.ones(2), deep=torch.ones(2))
+    assert len(calls) == 4
+
+
+def test_weights_that_have_moved_are_recorded_anew(monkeypatch):
+    monkeypatch.setattr(graphs, "record", _record)
+    calls = []
+    module = _Twice(calls)
+    graphed = graphs.Graphed(module)
+    for _ in range(3):
+        assert graphed(torch.ones(2))["sample"][0] == 2
+    module.factor.data = torch.full((), 5.0)
+    assert [graphed(torch.full((2,), float(n)))["sample"][0].item() for n in range(4)] == [0, 5, 10, 15]
     assert len(calls) == 4
 
 
@@ -109,7 +143,7 @@ def test_where_graphs_fail_it_goes_on_and_says_so_once(monkeypatch, caplog):
     monkeypatch.setattr(graphs, "record", record)
     monkeypatch.setattr(graphs.Graphed, "failed", False)
     calls = []
-    modules = [graphs.Graphed(_count_calls(calls)) for _ in range(2)]
+    modules = [graphs.Graphed(_Twice(calls)) for _ in range(2)]
     with caplog.at_level(logging.WARNING):
         for n in range(4):
             for graphed in modules:

@@ -210,6 +210,8 @@ class UNet3DConditionModel(UNet2DConditionModel):
         (DeepCache, arXiv 2312.00858): a prediction that is nearly right, at a fraction of the work.
         """
         num_frames = sample.shape[2]
+        if self.config.center_input_sample:
+            sample = 2 * sample - 1
         temb = self.time_embedding(self.get_time_embed(sample, timestep))
         for embedding in (
             self.get_class_embed(sample, class_labels),
