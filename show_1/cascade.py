@@ -19,6 +19,7 @@ from typing import Annotated, Any, get_args
 from show_1.errors import Show1Error
 
 STAGES = ("keyframes", "interpolation", "first_frame", "pixel_upscale", "latent_upscale")
+MAX_PROMPT = 10_000  # characters; the models read the first 77 tokens
 BUNDLED = Path(__file__).parent / "cascades"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -46,6 +47,11 @@ def text(meaning: str) -> Rule:
     return Rule(f"a text in quotes, not empty ({meaning})", (str,), lambda value: value.strip() != "")
 
 
+def is_text(value: str) -> bool:
+    """Return whether a string is characters alone: JSON and command lines may hand over half of one."""
+    return value == value.encode(errors="ignore").decode()
+
+
 def one_of(*words: str) -> Rule:
     return Rule(f"one of {', '.join(words)}", (str,), lambda value: value in words)
 
@@ -71,7 +77,12 @@ SharedNoise = Annotated[float | None, real(0, 1, "share of the first noise's var
 NoiseLevel = Annotated[int, whole(0, 999, "timestep of the noise added to the condition")]
 # Above 0 would be the natural bound, but below 0.001 not even 1000 steps leave one to run.
 Strength = Annotated[float, real(0.001, 1, "share of the steps to run")]
-Prompt = Annotated[str, Rule("a text in quotes", (str,), lambda value: True)]
+Prompt = Annotated[
+    str,
+    Rule(
+        f"a text in quotes, of at most {MAX_PROMPT:,} characters", (str,), lambda v: len(v) <= MAX_PROMPT and is_text(v)
+    ),
+]
 # Measures that trade exactness for speed; left out, the video is the exact one.
 GuidanceInterval = Annotated[list[int] | None, interval(0, 999, "the timesteps between which guidance works")]
 Reuse = Annotated[int | None, whole(2, 10, "steps that share the deep features of the first of them")]
@@ -130,7 +141,7 @@ class FirstFrame:
     noise_level: NoiseLevel
 
     def __post_init__(self):
-        if self.schedule is not None and not self.schedule.endswith(str(self.steps)):
+        if self.schedule is not None and self.schedule.lstrip("abcdefghijklmnopqrstuvwxyz") != str(self.steps):
             raise ValueError(
                 f"schedule = {_shown(self.schedule)} does not have steps = {self.steps} steps.",
                 "Give steps the number at the end of the schedule's name, or leave the schedule out.",
@@ -403,7 +414,7 @@ def _listed(words: Iterable[str]) -> str:
 def _shown(value: Any) -> str:
     """Return a value as TOML would write it, near enough, and short enough for a sentence."""
     try:
-        shown = json.dumps(value, ensure_ascii=False, default=str)
+        shown = json.dumps(value, ensure_ascii=False, default=str).encode(errors="replace").decode()
     except (ValueError, RecursionError):  # a number of thousands of digits, tables thousands deep
         return "something that large"
     return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -147,8 +147,6 @@ def told(error: Exception, what: str) -> str:
     """Return a failure in two sentences."""
     if isinstance(error, Show1Error):
         return str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"{what} failed: the memory of the GPU is full. Close what else uses it, or take a smaller cascade."
     return f"{what} failed; the server's log says why. Try again, or with other settings."
 
 

@@ -12,9 +12,12 @@ class Show1Error(Exception):
     """
 
     def __init__(self, problem: str, remedy: str):
-        super().__init__(f"{problem} {remedy}")
+        super().__init__(problem, remedy)  # both, as copying and pickling hand them to a new one
         self.problem = problem
         self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem} {self.remedy}"
 
 
 def first_line(error: Exception) -> str:

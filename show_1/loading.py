@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     SchedulerMixin,
@@ -28,7 +29,8 @@ from show_1.stages import InterpolationPipeline, KeyframesPipeline, LatentUpscal
 from show_1.stages.denoise import Stage
 
 Folders = Mapping[str, Path]  # where the model of each table is, as `hub.fetch` returns it
-SCHEDULERS = {scheduler.__name__: scheduler for scheduler in (DDPMScheduler, DPMSolverMultistepScheduler)}
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+SCHEDULERS = {each.__name__: each for each in (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler)}
 
 
 class Repository:
@@ -72,9 +74,10 @@ class Repository:
 
     def scheduler(self, component: str) -> SchedulerMixin:
         try:
-            return load_scheduler(self.folder / component)
-        except KeyError as error:
-            raise self._bad_config(component, f"there is no scheduler {error}") from error
+            scheduler = load_scheduler(self.folder / component)
+            if component.endswith("image_noising_scheduler") and not isinstance(scheduler, DDPMScheduler):
+                raise ValueError("what adds noise to an image is a DDPMScheduler")  # others count levels otherwise
+            return scheduler
         except Exception as error:  # whatever values that are none make the library raise
             raise self._bad_config(component, first_line(error)) from error
 
@@ -104,18 +107,23 @@ class Repository:
     def _bad_config(self, component: str, why: str) -> Show1Error:
         return Show1Error(
             f"The {component} of [{self.table}] does not load from {self.folder / component}: {why}.",
-            "Take this folder from the model's repository again.",
+            "Take this folder from the model's repository again, or save it anew.",
         )
 
 
 def load_scheduler(folder: Path) -> SchedulerMixin:
     """Return a scheduler of the class that its file names, with the original's end of the noise schedule."""
     config = DPMSolverMultistepScheduler.load_config(folder)
+    if config["_class_name"] not in SCHEDULERS:
+        raise ValueError(f"{config['_class_name']!r} is none of {', '.join(SCHEDULERS)}")
     scheduler_class = SCHEDULERS[config["_class_name"]]
     if scheduler_class is DPMSolverMultistepScheduler:
         # The released files predate this key; then the last step went to the smallest sigma, not to zero.
         config.setdefault("final_sigmas_type", "sigma_min")
-    return scheduler_class.from_config(config)
+    scheduler = scheduler_class.from_config(config)
+    if scheduler.config.prediction_type not in PREDICTIONS:  # which they do not look at before their first step
+        raise ValueError(f"prediction_type {scheduler.config.prediction_type!r} is none of {', '.join(PREDICTIONS)}")
+    return scheduler
 
 
 def load_stages(
@@ -199,12 +207,17 @@ def _opens(file: Path) -> bool:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the libraries' bars and their advice to developers from people who asked for a video."""
+    loggers = [logging.getLogger(library) for library in ("diffusers", "transformers")]
+    levels, bars = [logger.level for logger in loggers], transformers_logging.is_progress_bar_enabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.disable(logging.ERROR)
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
         transformers_logging.disable_progress_bar()
         try:
             yield
         finally:
-            transformers_logging.enable_progress_bar()
-            logging.disable(logging.NOTSET)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+            if bars:
+                transformers_logging.enable_progress_bar()

@@ -1,5 +1,6 @@
 """Prompt in, video out: the chain of stages, told as it happens."""
 
+import contextlib
 import itertools
 import math
 import platform
@@ -19,7 +20,7 @@ from accelerate.hooks import UserCpuOffloadHook
 
 import show_1
 from show_1 import hub, loading, placement, video
-from show_1.cascade import Cascade
+from show_1.cascade import Cascade, is_text
 from show_1.errors import Show1Error
 from show_1.models import frame_multiple, try_kernels
 from show_1.stages import (
@@ -113,6 +114,7 @@ class Show1Pipeline:
         self.weights: str | None = None  # a fingerprint, where `from_cascade` has loaded them
         self.prompts_at_once = 1
         self.offload_hooks: list[UserCpuOffloadHook] = []  # of the models that are on the device only while they work
+        self._check_models()
         self._check_sizes()
 
     @classmethod
@@ -152,7 +154,8 @@ class Show1Pipeline:
         stages = loading.load_stages(cascade, folders, dtype)
         pipeline = cls(cascade, *stages)
         pipeline.weights = loading.fingerprint(stages)
-        placement.place(pipeline, tier, device)
+        with _telling_full_memory("Loading the models"):
+            placement.place(pipeline, tier, device)
         return pipeline
 
     def with_cascade(self, cascade: Cascade) -> "Show1Pipeline":
@@ -190,13 +193,14 @@ class Show1Pipeline:
         the same frames on the same device and dtype; without a seed one is drawn, and told in the settings.
 
         Raises Show1Error at once for a blank prompt, a seed beyond 0…2^53 − 1, a path that cannot be written to, and
-        where prompts, seeds and paths are not as many.
+        where prompts, seeds and paths are not as many; later where the GPU's memory is full or the disk is.
         """
         return self._batches(_requests(prompt, seed, path))
 
     def _batches(self, requests: list["Request"]) -> Iterator[Event]:
-        for start in range(0, len(requests), self.prompts_at_once):
-            yield from self._stream(requests[start : start + self.prompts_at_once])
+        with _telling_full_memory("Making a video"):
+            for start in range(0, len(requests), self.prompts_at_once):
+                yield from self._stream(requests[start : start + self.prompts_at_once])
 
     def _stream(self, requests: list["Request"]) -> Iterator[Event]:
         started = time.monotonic()
@@ -302,20 +306,38 @@ class Show1Pipeline:
             "device": self.keyframes._execution_device.type,
             "dtype": str(self.keyframes.unet.dtype).removeprefix("torch."),
             "weights": self.weights,
-            "versions": versions(self.keyframes._execution_device),
+            "versions": versions(self.keyframes._execution_device, self.keyframes.unet.dtype),
         }
+
+    def _check_models(self) -> None:
+        """Refuse a model in the table of another one before it fails in the middle of a video."""
+        latents = self.latent_upscale.vae.config.latent_channels
+        t5, clip = self.keyframes.text_encoder.config.d_model, self.latent_upscale.text_encoder.config.hidden_size
+        for table, unet, *gives in (
+            ("keyframes", self.keyframes.unet, 3, t5, False),
+            ("interpolation", self.interpolation.unet, 7, t5, False),  # with the keyframes, and where they are
+            ("first_frame", self.pixel_upscale.first_frame_unet, 6, t5, True),  # with what is to be enlarged
+            ("pixel_upscale", self.pixel_upscale.unet, 6, t5, True),
+            ("latent_upscale", self.latent_upscale.unet, latents, clip, False),
+        ):
+            text = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
+            takes = [unet.config.in_channels, text, unet.config.class_embed_type is not None]
+            if takes != gives:
+                raise Show1Error(
+                    f"{self.cascade.file}, table [{table}]: the UNet of {getattr(self.cascade, table).model} takes "
+                    f"{_inputs(*takes)}, and this stage has {_inputs(*gives)}.",
+                    "Name the model that was made for this stage.",
+                )
 
     def _check_sizes(self) -> None:
         small = math.lcm(frame_multiple(self.keyframes.unet), frame_multiple(self.interpolation.unet))
         large = math.lcm(frame_multiple(self.pixel_upscale.first_frame_unet), frame_multiple(self.pixel_upscale.unet))
         latent = 2 ** (len(self.latent_upscale.vae.config.block_out_channels) - 1)
-        for table, multiple in (
-            (
-                "keyframes",
-                math.lcm(small, large // math.gcd(large, 4)),
-            ),  # the pixel upscale works on four times the size
-            ("latent_upscale", math.lcm(latent * frame_multiple(self.latent_upscale.unet), 2)),
-        ):
+        multiples = {
+            "keyframes": math.lcm(small, large // math.gcd(large, 4)),  # the pixel upscale's frames are 4 times as high
+            "latent_upscale": math.lcm(latent * frame_multiple(self.latent_upscale.unet), 2),
+        }
+        for table, multiple in multiples.items():
             for key in ("height", "width"):
                 size = getattr(getattr(self.cascade, table), key)
                 if size % multiple:
@@ -332,6 +354,22 @@ class Request:
     prompt: str
     seed: int
     path: str | Path | None
+
+
+@contextlib.contextmanager
+def _telling_full_memory(what: str) -> Iterator[None]:
+    """Raise Show1Error where the GPU's memory is full while `what` is done."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise Show1Error(
+            f"{what} failed: the memory of the GPU is full.",
+            "Close what else uses it, allow less of it (--memory, or memory=), or take a smaller cascade.",
+        ) from error
+
+
+def _inputs(channels: int, text: int, noise_level: bool) -> str:
+    return f"{channels} channels, text {text} wide, and {'a' if noise_level else 'no'} noise level"
 
 
 def _requests(
@@ -351,7 +389,7 @@ def _requests(
             )
     for one in zip(prompts, seeds, paths, strict=True):
         check_request(*one)
-    if path is not None and len(set(map(str, paths))) < len(paths):
+    if path is not None and len({Path(path).resolve() for path in paths}) < len(paths):
         raise Show1Error("Two prompts have the same path.", "Give each a file of its own.")
     return [Request(*one) for one in zip(prompts, seeds, paths, strict=True)]
 
@@ -360,21 +398,25 @@ def check_request(prompt: str, seed: int | None, path: str | Path | None) -> Non
     """Raise Show1Error for a blank prompt, a seed that is none, or a path that cannot be written to."""
     if not prompt.strip():
         raise Show1Error("The prompt is empty.", 'Say what the video should show, as in "a panda in the snow".')
+    if not is_text(prompt):
+        raise Show1Error(
+            "The prompt holds half a character, as of an emoji cut in two.", "Write it again without that."
+        )
     if seed is not None and (type(seed) is not int or not 0 <= seed <= MAX_SEED):
         raise Show1Error(f"The seed cannot be {seed!r}.", f"Give a whole number from 0 to {MAX_SEED}.")
     if path is not None:
         video.check_writable(path)
 
 
-def versions(device: torch.device) -> dict[str, str]:
-    """Return what runs on the device, of all that frames may depend on."""
+def versions(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Return what runs on the device, in this dtype, of all that frames may depend on."""
     return {
         "show-1": show_1.__version__,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "kernels": "PyTorch's" if device.type in try_kernels.failed else "Show-1's",  # frames differ, by rounding
+        "kernels": "Show-1's" if try_kernels.has(device, dtype) else "PyTorch's",  # frames differ, by rounding
     }
 
 
@@ -402,7 +444,7 @@ def check_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(device)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # of the device "meta" there is nothing to read
     except (RuntimeError, AssertionError) as error:
         raise Show1Error(
             f"There is no device {str(device)!r} here: {str(error).splitlines()[0].rstrip('.')}.",

@@ -361,6 +361,8 @@ WRONG_SETTINGS = [
     ("keyframes.steps=10\nfps=3", "steps cannot be"),
     ("keyframes.steps=true", "steps cannot be true"),
     ("keyframes.guidance=nan", "from 0 to 100"),
+    ("first_frame.schedule=smart100", "smart100"),
+    ("first_frame.schedule=smart27\nfirst_frame.steps=7", "schedule"),
     ("keyframes.model=", "hub id"),
 ]
 

@@ -1,7 +1,9 @@
 """`python -m show_1` as people call it: in a process of its own, on the tiny cascade and on mini."""
 
+import copy
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -131,3 +133,9 @@ def test_damaged_weights_are_named(tiny_cascade, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", [*command, "--debug"])
     with pytest.raises(Show1Error, match="pixel_upscale"):
         main()
+
+
+def test_an_error_can_be_copied_and_sent_to_another_process():
+    error = Show1Error("This is wrong.", "Do that.")
+    for same in (copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert (str(same), same.problem, same.remedy) == ("This is wrong. Do that.", "This is wrong.", "Do that.")

@@ -1,6 +1,7 @@
 """Loading from folders as they are on the hub, and what is said of damaged ones."""
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -419,6 +420,7 @@ def test_config_that_is_none(copy, tmp_path, table, component, text):
         "[]",
         "{}",
         '{"_class_name": "EulerDiscreteScheduler"}',
+        '{"_class_name": "DDPMScheduler", "prediction_type": "nonsense"}',
         '{"_class_name": ["DDPMScheduler"]}',
         '{"_class_name": "DDPMScheduler", "beta_schedule": "steep"}',
         '{"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": "many"}',
@@ -431,7 +433,28 @@ def test_scheduler_that_is_none(copy, tmp_path, table, component, text):
     folder = copy(table) / component
     (folder / "scheduler_config.json").write_text(text)
     error = refusal(lambda: load(tmp_path, table, component), f"The {component} of [{table}]", str(folder))
-    assert "Euler" not in text or "there is no scheduler 'EulerDiscreteScheduler'" in error.problem
+    assert "Euler" not in text or "'EulerDiscreteScheduler' is none of DDPMScheduler, " in error.problem
+
+
+def test_other_schedulers_load_but_not_for_an_images_noise(copy, tmp_path):
+    text = '{"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2"}'
+    folder = copy("first_frame")
+    for component in ("scheduler", "image_noising_scheduler"):
+        (folder / component / "scheduler_config.json").write_text(text)
+    assert load(tmp_path, "first_frame", "scheduler").config.beta_schedule == "squaredcos_cap_v2"
+    refusal(lambda: load(tmp_path, "first_frame", "image_noising_scheduler"), "is a DDPMScheduler")
+
+
+def test_loading_silences_the_libraries_alone(caplog):
+    logging.disable(logging.INFO)  # as some programs do that use the package
+    try:
+        with loading._quiet():
+            logging.getLogger("somebody.else").error("Heard.")
+            logging.getLogger("diffusers.models").error("Not heard.")
+        assert logging.root.manager.disable == logging.INFO
+    finally:
+        logging.disable(logging.NOTSET)
+    assert [record.message for record in caplog.records] == ["Heard."]
 
 
 @pytest.mark.parametrize(("table", "name"), [("keyframes", "spiece.model"), ("latent_upscale", "vocab.json")])

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from safetensors.torch import load_file
 
 import show_1
@@ -87,13 +88,15 @@ def test_same_seed_same_frames_and_nothing_left_behind(pipeline, result):
     assert not np.array_equal(other.frames, result.frames)
 
 
-def test_segments_as_one_batch_equal_one_by_one(pipeline, result):
+@pytest.mark.parametrize("draws", [False, True])
+def test_segments_as_one_batch_equal_one_by_one(pipeline, result, draws):
     """In float64: random networks multiply float32's rounding by up to 20,000."""
+    scheduler = pipeline.interpolation.scheduler
+    if draws:  # with each step; every segment the same
+        scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="sde-dpmsolver++")
     text = pipeline.keyframes.encode(tiny.PROMPT)
     text = TextEmbeddings(text.prompt.double(), text.negative.double())
-    interpolation = InterpolationPipeline(
-        copy.deepcopy(pipeline.interpolation.unet).double(), pipeline.interpolation.scheduler
-    )
+    interpolation = InterpolationPipeline(copy.deepcopy(pipeline.interpolation.unet).double(), scheduler)
     keyframes = result.tensors["keyframes"].double()
     settings = {"steps": 2, "guidance": 4.0, "seed": tiny.SEED}
     batch = interpolation(text, keyframes, **settings)
@@ -305,6 +308,7 @@ def test_a_stage_saves_and_loads_as_a_diffusers_pipeline(pipeline, result, tmp_p
         ({"prompt": ["a cat", "a dog"], "seed": [1]}, "2 prompts, and seeds for 1"),
         ({"prompt": ["a cat", "a dog"], "path": "cats.mp4"}, "2 prompts, and paths for 1"),
         ({"prompt": ["a cat", "a dog"], "path": ["a.mp4", "a.mp4"]}, "same path"),
+        ({"prompt": ["a cat", "a dog"], "path": ["a.mp4", "./a.mp4"]}, "same path"),
     ],
 )
 def test_bad_requests_are_refused_at_once(pipeline, request_, words):
@@ -334,11 +338,46 @@ def test_frame_sizes_that_the_models_cannot_take(pipeline, settings, words):
             build()
 
 
+@pytest.mark.parametrize(
+    ("table", "of", "words"),
+    [
+        ("interpolation", "keyframes", "3 channels, .* this stage has 7 channels"),
+        ("pixel_upscale", "keyframes", "no noise level, and this stage has 6 channels, .* a noise level"),
+        ("latent_upscale", "keyframes", "3 channels, .* this stage has 4 channels"),
+        ("keyframes", "pixel_upscale", "6 channels, .* a noise level, and this stage has 3 channels"),
+    ],
+)
+def test_a_model_in_the_table_of_another_is_refused_before_anything_runs(pipeline, table, of, words):
+    stages = [pipeline.keyframes, pipeline.interpolation, pipeline.pixel_upscale, pipeline.latent_upscale]
+    wrong = copy.copy(getattr(pipeline, table))
+    wrong.unet = getattr(pipeline, of).unet
+    with pytest.raises(Show1Error, match=rf"\[{table}\]: the UNet of .* takes .*{words}"):
+        Show1Pipeline(pipeline.cascade, *(wrong if stage is getattr(pipeline, table) else stage for stage in stages))
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler])
+def test_other_schedulers_run(pipeline, scheduler):
+    keyframes = copy.copy(pipeline.keyframes)
+    keyframes.scheduler = scheduler.from_config(keyframes.scheduler.config, clip_sample=False, skip_prk_steps=True)
+    settings = pipeline.cascade.stream_settings("keyframes") | {"steps": 3, "seed": tiny.SEED}
+    assert keyframes(keyframes.encode(tiny.PROMPT), **settings).isfinite().all()
+
+
+def test_a_full_gpu_is_told(pipeline, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(pipeline.interpolation.unet, "forward", full)
+    with pytest.raises(Show1Error, match="the memory of the GPU is full"):
+        pipeline(tiny.PROMPT)
+
+
 def test_devices_and_dtypes_that_are_not_here(tiny_cascade):
     if not torch.cuda.is_available():
         with pytest.raises(Show1Error, match="There is no device 'cuda' here"):
             Show1Pipeline.from_cascade(tiny_cascade, "cuda")
-    with pytest.raises(Show1Error, match="There is no device 'nonsense' here"):
-        Show1Pipeline.from_cascade(tiny_cascade, "nonsense")
+    for device in ("nonsense", "meta"):
+        with pytest.raises(Show1Error, match=f"There is no device '{device}' here"):
+            Show1Pipeline.from_cascade(tiny_cascade, device)
     with pytest.raises(Show1Error, match="cannot compute in int8"):
         Show1Pipeline.from_cascade(tiny_cascade, "cpu", torch.int8)

@@ -16,7 +16,7 @@ import torch
 from show_1.cascade import Cascade
 from show_1.loading import load_interpolation, load_keyframes
 from show_1.stages import InterpolationPipeline, KeyframesPipeline
-from show_1.stages.denoise import denoise, finish, prepare, share_noise
+from show_1.stages.denoise import denoise, finish, prepare, seeded, share_noise
 from training import world
 
 TIMES = torch.arange(29) / 28  # of a clip's frames
@@ -69,16 +69,17 @@ class Redrawn:
         size = cascade.keyframes.height, cascade.keyframes.width
         clean = world.render(scenes, *size, TIMES[::EVERY]).to(self.device)
         noise = share_noise(torch.randn_like(clean), torch.randn_like(clean[:, :, :1]), cascade.keyframes.shared_noise)
+        seeds = torch.randint(2**31, (len(scenes),)).tolist()
         with CPU:
-            scheduler = prepare(keyframes.scheduler, STEPS, self.device)
+            scheduler, generators = prepare(keyframes.scheduler, STEPS, self.device), seeded(seeds)
         timesteps = scheduler.timesteps[scheduler.timesteps <= noise_level]
         noisy = scheduler.add_noise(clean, noise, timesteps[:1].expand(len(clean)))
         # In the world's plainest words, as a caption may leave out what the model would then draw otherwise.
         captions = [world.plain_caption(" and a ".join(s.objects), s.place, s.motion) for s in scenes]
         text = keyframes.encode(captions)
         guidance = cascade.keyframes.guidance
-        drawn = finish(denoise(keyframes.unet, scheduler, noisy, text, guidance, timesteps=timesteps))
-        seeds = torch.randint(2**31, (len(scenes),)).tolist()
+        measures = {"timesteps": timesteps, "generators": generators}
+        drawn = finish(denoise(keyframes.unet, scheduler, noisy, text, guidance, **measures))
         with CPU:
             return interpolation(
                 text, drawn.to(self.dtype), steps=cascade.interpolation.steps, guidance=1.0, seed=seeds

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
 from diffusers.pipelines.deepfloyd_if import timesteps as deepfloyd_if
 
 from show_1.text import TextEmbeddings
@@ -113,7 +113,7 @@ def denoise(
     timesteps: torch.Tensor | None = None,
     condition: torch.Tensor | None = None,
     noise_level: int | None = None,
-    generators: Sequence[torch.Generator] = (),
+    generators: Sequence[torch.Generator],
     guidance_interval: Sequence[int] | None = None,
     reuse: int | None = None,
     rows: int | None = None,
@@ -125,7 +125,7 @@ def denoise(
     default all of its own. In half precision only the UNet is: sample and scheduler, and so what is returned, are in
     float32. `guidance` is the scale of classifier-free guidance (Ho and Salimans, arXiv 2207.12598): 1
     means none and costs half. `rows` is as in `Stage`. Where `text` is of several prompts, each has as many rows of
-    `sample`, in their order, and a generator in `generators` for what its scheduler draws.
+    `sample`, in their order. What the scheduler draws for a row comes from its generator in `generators`.
 
     Two measures trade exactness for speed: guidance only at the timesteps from the first to the second of
     `guidance_interval` (arXiv 2404.07724); the UNet's deep features computed at every `reuse`-th step only and reused
@@ -133,8 +133,7 @@ def denoise(
     """
     sample = sample.to(torch.promote_types(sample.dtype, torch.float32))
     batch, channels = sample.shape[:2]
-    prompts = len(text.prompt)
-    schedulers = [scheduler, *(copy.deepcopy(scheduler) for _ in range(1, prompts))]  # one a prompt: they remember
+    schedulers = [scheduler, *(copy.deepcopy(scheduler) for _ in range(1, batch))]  # one a row: they remember
     predict = Prediction(unet, text, batch, noise_level, reuse, rows)
     learns_variance = scheduler.config.get("variance_type") in ("learned", "learned_range")
     draws = "generator" in inspect.signature(scheduler.step).parameters
@@ -154,14 +153,15 @@ def denoise(
             variance = variance[batch:]
         if learns_variance:
             noise = torch.cat([noise, variance], dim=1)
-        steps = []
-        for n, (own_noise, own_sample) in enumerate(zip(noise.chunk(prompts), sample.chunk(prompts), strict=True)):
+        samples, cleans = [], []
+        each = zip(schedulers, generators, noise.split(1), sample.split(1), strict=True)
+        for own_scheduler, generator, own_noise, own_sample in each:
             # Frames are images to the scheduler: dynamic thresholding looks at each by itself.
-            extra = {"generator": generators[n]} if draws and generators else {}
-            result = schedulers[n].step(fold(own_noise), timestep, fold(own_sample), **extra)
-            clean = _clean_estimate(schedulers[n], result)
-            steps.append([unfold(frames, own_sample.shape) for frames in (result.prev_sample, clean)])
-        sample, clean = (torch.cat(clips) if prompts > 1 else clips[0] for clips in zip(*steps, strict=True))
+            extra = {"generator": generator} if draws else {}
+            result = own_scheduler.step(fold(own_noise), timestep, fold(own_sample), **extra)
+            samples.append(result.prev_sample)
+            cleans.append(_clean_estimate(own_scheduler, result))
+        sample, clean = (unfold(torch.cat(frames), sample.shape) for frames in (samples, cleans))
         yield Step(sample, clean)
     return sample
 
@@ -228,6 +228,6 @@ def unfold(frames: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 def _clean_estimate(scheduler: SchedulerMixin, result: Any) -> torch.Tensor:
     # DPM-Solver++ keeps its estimates to itself, other schedulers return theirs, and some have none.
     estimate = getattr(result, "pred_original_sample", None)
-    if estimate is None and scheduler.config.get("algorithm_type") == "dpmsolver++":
+    if isinstance(scheduler, DPMSolverMultistepScheduler) and scheduler.config.algorithm_type.endswith("dpmsolver++"):
         estimate = scheduler.model_outputs[-1]
     return result.prev_sample if estimate is None else estimate.to(result.prev_sample.dtype)

@@ -36,8 +36,8 @@ class InterpolationPipeline(Stage):
     ) -> Generator[Step, None, torch.Tensor]:
         """Yield `steps` steps; return (prompts, 3, 4·(n − 1) + 1, height, width) in [−1, 1].
 
-        `keyframes` is (prompts, 3, n, height, width) in [−1, 1]. The segments of a prompt share their noise and
-        nothing else, so they run as one batch; a step's sample holds one a row.
+        `keyframes` is (prompts, 3, n, height, width) in [−1, 1]. The segments of a prompt share their noise, also that
+        which a scheduler draws, and nothing else, so they run as one batch; a step's sample holds one a row.
         """
         scheduler = prepare(self.scheduler, steps, self._execution_device)
         generators = seeded(seed)
@@ -47,6 +47,7 @@ class InterpolationPipeline(Stage):
         mask = torch.zeros_like(between[:, :1])
         mask[:, :, [0, -1]] = 1  # these frames are given
         noise = self.noise((3, *size), generators).repeat_interleave(keyframes.shape[2] - 1, dim=0)
+        generators = [generator.clone_state() for generator in generators for _ in range(keyframes.shape[2] - 1)]
         segments = yield from denoise(
             self.unet,
             scheduler,
