@@ -71,7 +71,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         raise Show1Error(f"The queue size cannot be {arguments.queue_size}.", "Give --queue-size a number from 1 on.")
 
     auth = _auth(arguments.auth)
-
+    if auth and arguments.mcp:
+        raise Show1Error("--mcp does not go with --auth: assistants cannot log in.", "Leave one of them out.")
     notes: list[str] = []
     where = {"memory": arguments.memory, "models": arguments.models, "offline": arguments.offline}
     jobs = Jobs(cascade, device, outputs, arguments.queue_size, **where)

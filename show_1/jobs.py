@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 
 from show_1 import video
-from show_1.cascade import STAGES, Cascade
+from show_1.cascade import MAX_PROMPT, STAGES, Cascade
 from show_1.engine import Engine, same_models, told
 from show_1.errors import Show1Error
 from show_1.pipeline import Clip, Event, Notice, Show1Pipeline, StageStart, StepDone, Video, check_request, draw_seed
@@ -43,7 +43,6 @@ STORED += ("seconds", "notices", "clips", "settings", "fault")
 
 CHANGEABLE = {stage: ("steps", "guidance") for stage in STAGES}
 CHANGEABLE["latent_upscale"] += ("negative_prompt",)
-MAX_PROMPT = 10_000  # characters; the models read the first 77 tokens
 TRIES = 2  # how often a job is begun: one that took the server down twice would do so for ever
 CLIP_HEIGHT = 160  # small clips are enlarged to about this, as players would blur them
 PREVIEW_PAUSE = 0.7  # seconds from one preview to the next
@@ -304,7 +303,8 @@ class Jobs:
         """Return the seconds until a job is done, as far as that can be told."""
         if job.state == WAITING:
             return self._total(self._line(job.preset), [*self.ahead(job), job])
-        return job.forecast.left(time.monotonic()) if job.forecast else None
+        forecast = job.forecast  # its end takes it away
+        return forecast.left(time.monotonic()) if forecast else None
 
     def share(self, job: Job) -> float:
         """Return how much of the job's time is over, 0 to 1, from when it was next; it never falls."""
@@ -393,8 +393,7 @@ class Jobs:
             job.fault = told(error, "Making this video")
             log.error("A video failed: %s", job.fault, exc_info=not isinstance(error, Show1Error))
             self._end(job, FAILED, started)
-            if isinstance(error, torch.OutOfMemoryError):
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # of what it held the next one may need pieces of other sizes
 
     def _follow(self, job: Job, event: Event, pipeline: Show1Pipeline, engine: Engine) -> None:
         """Take note of what the pipeline tells."""
@@ -516,8 +515,9 @@ class Jobs:
         preparation = line.engine.preparation
         total = (preparation.left or math.nan) if preparation else 0.0
         for job in jobs:
-            if job is line.running and job.forecast:
-                total += job.forecast.left(time.monotonic()) or math.nan
+            forecast = job.forecast if job is line.running else None
+            if forecast:
+                total += forecast.left(time.monotonic()) or math.nan
             else:
                 costs = line.engine.calibration.costs(job.cascade)
                 steps = dict.fromkeys(PHASES, 0) | stage_steps(job.cascade)
@@ -623,9 +623,12 @@ def clip_frames(stage: str, frames: np.ndarray, cascade: Cascade) -> tuple[np.nd
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it: "40 s", "3 min", "1 h 20 min"."""
+    """Return a time as people say it, within a twentieth: "40 s", "1 min 35 s", "12 min", "1 h 20 min"."""
     if seconds < 59.5:
         return f"{max(seconds, 1):.0f} s"
+    if seconds < 597.5:
+        minutes, rest = divmod(5 * round(seconds / 5), 60)
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 

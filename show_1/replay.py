@@ -1,6 +1,7 @@
 """Make a video of ours again from the settings inside it, and say whether the same frames came out."""
 
 import argparse
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from show_1 import video
-from show_1.cascade import Cascade
+from show_1.cascade import STAGES, Cascade
 from show_1.errors import Show1Error, exit_code
 from show_1.jobs import clip_frames
 from show_1.pipeline import (
@@ -25,6 +26,8 @@ from show_1.pipeline import (
     default_dtype,
     versions,
 )
+
+MODEL = ("model", "revision", "variant")  # the keys of a table that say which weights it has
 
 
 def read(file: str | Path) -> dict[str, Any]:
@@ -45,7 +48,7 @@ def here(cascade: Cascade, device: torch.device, pipeline: Show1Pipeline | None)
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "weights": pipeline.weights if pipeline else None,
-        "versions": versions(device),
+        "versions": versions(device, dtype),
     }
 
 
@@ -96,7 +99,7 @@ def _replay(arguments: argparse.Namespace) -> int:
     check_request(settings["prompt"], settings["seed"], arguments.out)
     before = video.read_frames(arguments.file)
     local = _local(settings, arguments.cascade, arguments.file)
-    cascade = Cascade.from_settings(settings["cascade"] | {"name": local.name}, local.file)
+    cascade = _with_models(settings["cascade"], local, arguments.file)
     device = _device(settings, arguments.device)
     dtype = getattr(torch, settings["dtype"], None)
     print(f"{cascade.name} on {device.type}: loading", file=sys.stderr)
@@ -151,6 +154,16 @@ def _local(settings: dict[str, Any], wanted: str | None, file: Path) -> Cascade:
         f"{file.name} was made by the cascade {_shown(settings['cascade'].get('name'))}, which is not bundled.",
         "Name its TOML file with --cascade.",
     )
+
+
+def _with_models(tables: dict[str, Any], local: Cascade, file: Path) -> Cascade:
+    """Return the video's cascade with the models of the one here: a video does not say what is fetched and loaded."""
+    tables = tables | {"name": local.name}
+    for stage in STAGES:
+        if isinstance(tables.get(stage), dict):
+            mine = {key: value for key, value in local.settings()[stage].items() if key in MODEL}
+            tables[stage] = {key: value for key, value in tables[stage].items() if key not in MODEL} | mine
+    return dataclasses.replace(Cascade.from_settings(tables, file), file=local.file, about=local.about)
 
 
 def _device(settings: dict[str, Any], wanted: str | None) -> torch.device:

@@ -144,6 +144,7 @@ class Forecast:
     """
 
     def __init__(self, cascade: Cascade, costs: dict[str, Cost] | None, now: float):
+        self._lock = threading.Lock()  # the video's thread follows, the page's asks what is left
         self.calibrated = costs is not None
         self.costs = costs or RELATIVE
         self.steps = dict.fromkeys(PHASES, 0) | stage_steps(cascade)
@@ -156,24 +157,29 @@ class Forecast:
     def follow(self, event: Event, now: float) -> tuple[str, Cost] | None:
         """Take note of an event; return what a phase has really cost, when one ends."""
         ended = None
-        match event:
-            case StageStart(stage):
-                if self.phase == "prompt":
+        with self._lock:
+            match event:
+                case StageStart(stage):
+                    if self.phase == "prompt":
+                        ended = self._end(now)
+                        self.paced_since, self.expected = now, 0.0  # reading the prompt is no measure of the pace
+                    self._begin(stage, now)
+                case StepDone():
+                    self._step(now)
+                case Clip(stage):
                     ended = self._end(now)
-                    self.paced_since, self.expected = now, 0.0  # reading the prompt is no measure of the pace
-                self._begin(stage, now)
-            case StepDone():
-                self._step(now)
-            case Clip(stage):
-                ended = self._end(now)
-                if stage == STAGES[-1]:
-                    self._begin("file", now)
-            case Video():
-                ended = self._end(now)
+                    if stage == STAGES[-1]:
+                        self._begin("file", now)
+                case Video():
+                    ended = self._end(now)
         return ended
 
     def left(self, now: float) -> float | None:
         """Return the seconds left, or None while nothing is known."""
+        with self._lock:
+            return self._left(now)
+
+    def _left(self, now: float) -> float | None:
         seen, trust = self.last - self.paced_since, 0.0
         if self.calibrated:
             # A few steps weigh nothing against a calibration, and a pace near its own little: by itself it varies by
@@ -252,8 +258,8 @@ def rehearse(pipeline: Show1Pipeline, calibration: Calibration) -> Iterator[floa
 
 def wait_for(device: torch.device) -> None:
     """Wait until the device has done what it was given: a GPU works behind our back, and may be many steps behind."""
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def write_atomically(file: Path, content: bytes) -> None:

@@ -108,14 +108,17 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     # The format is forced: ffmpeg would otherwise also follow a playlist to wherever it points.
     read = _run_ffmpeg("-f", "mp4", "-i", f"file:{path.absolute()}", "-f", "ffmetadata", "pipe:1")
     if read.returncode:
-        raise Show1Error(f"{path} is damaged, or is no MP4 video.", "Choose a video that Show-1 made.")
+        raise Show1Error(f"{path.name} is damaged, or is no MP4 video.", "Choose a video that Show-1 made.")
     try:
         metadata = json.loads(_from_tags(read.stdout.decode(errors="replace")).get("comment", ""))
+        # Its escapes may stand for halves of characters, which nothing could show or send on.
+        metadata = json.loads(json.dumps(metadata, ensure_ascii=False).encode(errors="replace"))
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict) or metadata.get("program") != PROGRAM:
         raise Show1Error(
-            f"{path} holds no settings: another program made it, or it is damaged.", "Choose a video that Show-1 made."
+            f"{path.name} holds no settings: another program made it, or it is damaged.",
+            "Choose a video that Show-1 made.",
         )
     return metadata
 
@@ -127,7 +130,9 @@ def read_frames(path: str | Path) -> np.ndarray:
         width, height = next(reader)["size"]
         return np.stack([np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader])
     except (OSError, RuntimeError, ValueError, StopIteration):
-        raise Show1Error(f"{path} is damaged, or is no MP4 video.", "Choose a video that Show-1 made.") from None
+        raise Show1Error(
+            f"{Path(path).name} is damaged, or is no MP4 video.", "Choose a video that Show-1 made."
+        ) from None
 
 
 def write_gif(path: str | Path, source: str | Path) -> None:

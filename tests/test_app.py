@@ -245,6 +245,7 @@ def test_a_dropped_video_brings_its_settings_back(app, browser, tmp_path):
     for file, problem in ((alien, "lack seed"), (damaged, "is damaged, or is no MP4 video")):
         page.locator("#drop input[type=file]").set_input_files(file)
         expect(page.locator("#told")).to_contain_text(problem)
+        expect(page.locator("#told")).not_to_contain_text("/")  # nor where the server keeps what is uploaded
         expect(page.get_by_label("Seed", exact=True)).to_have_value("42")
     page.close()
 

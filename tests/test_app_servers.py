@@ -155,6 +155,7 @@ def test_bad_flags_are_told_in_two_sentences(tiny_cascade, tmp_path):
             "no.such.host": ["--server-name", "no.such.host"],
             "file/outputs": ["--output-dir", "file/outputs"],
             "--auth": ["--auth", "me"],
+            "--mcp": ["--auth", "me:secret", "--mcp"],
             "queue size": ["--queue-size", "0"],
         }
         (tmp_path / "file").touch()

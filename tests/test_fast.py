@@ -122,6 +122,14 @@ def test_both_ways_give_the_same_video(monkeypatch, one_step_cascade, tmp_path, 
     assert "| **end to end** |" in printed and "| pixel upscale |" in printed
 
 
+def test_a_fast_stage_is_not_told_to_do_the_exact_ones_work(monkeypatch, tmp_path):
+    file = tmp_path / "found.json"
+    settings = ["--cascade", "mini-fast", "--device", "cpu", "--stages", "first_frame", "--warmups", 0, "--rounds", 1]
+    assert _benchmark(monkeypatch, *settings, "--json", file) == 0
+    row = json.loads(file.read_text())["stages"]["first_frame"]
+    assert row["original_seconds"] > 0 and "tflops" not in row and "tflop" not in row
+
+
 def test_measures_one_by_one():
     variants = benchmark.measures(Cascade.load("show-1-fast"), exact := Cascade.load("show-1"))
     assert list(variants) == ["steps", "guidance_interval", "reuse", "all"]

@@ -17,7 +17,7 @@ from show_1.cascade import STAGES
 from show_1.jobs import CANCELLED, DONE, FAILED, RUNNING, STOPPED, WAITING, Jobs, duration, enlarge
 from show_1.models import UNet3DConditionModel
 from show_1.pipeline import Clip, Show1Pipeline, StageStart, StepDone, Video
-from show_1.timing import RELATIVE, Calibration, Cost, Forecast, stage_steps
+from show_1.timing import PHASES, RELATIVE, Calibration, Cost, Forecast, stage_steps
 
 PATIENCE = 240  # seconds; a guard against hanging, far from what is normal
 CPU = torch.device("cpu")
@@ -256,6 +256,9 @@ def test_many_at_once_never_exceed_the_queue(tiny_cascade, tmp_path):
     [
         ("  \n", None, {}, "The prompt is empty"),
         ("a" * 10_001, None, {}, "10,001 characters"),
+        ("half an \ud83d", None, {}, "half a character"),
+        ("a cat", 1, {"latent_upscale": {"negative_prompt": "\ud83d"}}, "negative_prompt cannot be"),
+        ("a cat", 1, {"latent_upscale": {"negative_prompt": "a" * 10_001}}, "at most 10,000 characters"),
         ("a cat", -1, {}, "seed cannot be -1"),
         ("a cat", 2**60, {}, "seed cannot be"),
         ("a cat", "seven", {}, "seed cannot be 'seven'"),
@@ -466,8 +469,39 @@ def test_costs_are_kept_by_device_and_damage_only_means_to_learn_anew(tmp_path):
         assert Calibration(file, "gpu").costs(cascade) is None
 
 
-def test_words_for_times_and_sharp_clips():
-    assert [duration(s) for s in (0.2, 42, 61, 200, 4800)] == ["1 s", "42 s", "1 min", "3 min", "1 h 20 min"]
+def test_words_for_times():
+    times = {
+        0.2: "1 s",
+        42: "42 s",
+        61: "1 min",
+        89: "1 min 30 s",
+        203: "3 min 25 s",
+        620: "10 min",
+        4800: "1 h 20 min",
+    }
+    assert {seconds: duration(seconds) for seconds in times} == times
+
+
+def test_a_phase_does_not_end_while_the_time_left_is_counted():
+    ends = []
+
+    class Costs(dict):
+        def __getitem__(self, phase):
+            if ends and not ends[0].is_alive():
+                ends[0].start()  # in another thread, as the video's is; it has to wait for the answer
+                ends[0].join(0.2)
+            return super().__getitem__(phase)
+
+    forecast = Forecast(Cascade.load("mini"), Costs.fromkeys(PHASES, Cost(1, 1, 1)), 0.0)
+    forecast.follow(StageStart("keyframes", 12), 1.0)
+    forecast.follow(StepDone("keyframes", 1, 12, None), 2.0)
+    ends.append(threading.Thread(target=forecast.follow, args=(Clip("keyframes", None), 3.0)))
+    with_the_phase = forecast.left(2.0)
+    ends.pop().join()
+    assert forecast.left(3.0) < with_the_phase
+
+
+def test_sharp_clips():
     frames = torch.zeros(2, 5, 7, 3, dtype=torch.uint8).numpy()
     _, height, width, _ = enlarge(frames).shape
     assert height >= 160 and height % 2 == 0 and width % 2 == 0

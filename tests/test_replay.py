@@ -42,6 +42,18 @@ def test_a_stopped_video_too(pipeline, tiny_cascade, tmp_path, capsys):
     assert replay.main([str(tmp_path / "stopped.mp4"), "--cascade", str(tiny_cascade)]) == 0
 
 
+def test_a_video_does_not_say_which_models_are_loaded(made, tiny_cascade, tmp_path, capsys):
+    tables = video.read_metadata(made)["cascade"]
+    tables["keyframes"] |= {"model": "somebody/else", "revision": "main"}
+    file = changed(made, tmp_path, cascade=tables, seed=8)
+    assert replay.main([str(file), "--cascade", str(tiny_cascade)]) == 1
+    mine = Cascade.load(tiny_cascade).keyframes.model
+    assert f"- keyframes.model is {mine} here, not somebody/else" in capsys.readouterr().out
+    tables["keyframes"]["colour"] = "red"
+    assert replay.main([str(changed(made, tmp_path, cascade=tables)), "--cascade", str(tiny_cascade)]) == 2
+    assert "changed.mp4" in capsys.readouterr().err
+
+
 def test_other_frames_are_told_with_what_differs(made, tiny_cascade, tmp_path, capsys):
     versions = video.read_metadata(made)["versions"] | {"torch": "1.0"}
     file = changed(made, tmp_path, seed=8, versions=versions, weights="others")

@@ -270,7 +270,7 @@ def _gallery(jobs: Jobs, visitor: str, id: str) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+    return f"{int(100 * share)} %"  # 100 only at the end
 
 
 def _url(file: Path) -> str:
