@@ -28,6 +28,7 @@ from show_1 import Cascade, Show1Error, hub, placement
 from show_1.command_line import DTYPES
 from show_1.errors import exit_code
 from show_1.pipeline import check_device, default_cascade, default_dtype
+from show_1.timing import wait_for
 
 MEASURES = ("steps", "schedule", "guidance_interval", "reuse")  # of a fast cascade; steps take their schedule along
 
@@ -41,12 +42,11 @@ class Clock:
     def __call__(self, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
         cuda = self.device.type == "cuda"
         if cuda:
-            torch.cuda.synchronize(self.device)
+            wait_for(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
         began = time.perf_counter()
         made = work()
-        if self.device.type != "cpu":
-            torch.get_device_module(self.device).synchronize()
+        wait_for(self.device)
         told = {"seconds": time.perf_counter() - began}
         if cuda:
             told["peak_allocated_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
@@ -61,13 +61,13 @@ def compare(
 
     Interrupted, it returns no clip.
     """
-    cascades = [(way, way.pipeline.cascade) for way in (original, ours)]
-    clips = made_up_clips(ours.pipeline.cascade, clock.device, ours.pipeline.keyframes.dtype)
+    original_cascade, our_cascade = original.pipeline.cascade, ours.pipeline.cascade
+    clips = made_up_clips(our_cascade, clock.device, ours.pipeline.keyframes.dtype)
     told: list[dict] = []  # of each round, of its stages so far: {"ours": {stage: {...}}, "original": {...}}
     tflop, difference = {}, {}
     try:
         for number in range(warmups + rounds):
-            for way, cascade in cascades:
+            for way, cascade in ((original, original_cascade), (ours, our_cascade)):
                 way.pipeline.cascade = in_few_steps(cascade) if number < warmups else cascade
             this = {"original": {}, "ours": {}}
             told.append(this)
@@ -75,7 +75,8 @@ def compare(
                 if stage != "text":
                     original.flops.total = 0
                     theirs, this["original"][stage] = clock(lambda stage=stage: original.run(stage, clips))
-                    tflop[stage] = original.flops.total / 1e12
+                    if getattr(original_cascade, stage) == getattr(our_cascade, stage):  # else ours is other work
+                        tflop[stage] = original.flops.total / 1e12
                 mine, this["ours"][stage] = clock(lambda stage=stage: ours.run(stage, clips))
                 if stage != "text":
                     difference[stage] = distance(mine, theirs)
