@@ -73,6 +73,7 @@ class Job:
     fault: str = ""  # why there is no result
 
     # While it lives:
+    caller: str = ""  # the address of the program that called
     turn: int = 0
     cascade: Cascade | None = None
     wish: str = ""  # "cancel" or "stop"
@@ -90,6 +91,11 @@ class Job:
     @property
     def ended(self) -> bool:
         return self.state in ENDED
+
+    @property
+    def taker(self) -> str:
+        """Who takes a turn with it: a visitor, or an address, as each call of a program is a visitor of its own."""
+        return self.caller or self.visitor
 
     @property
     def can_stop(self) -> bool:
@@ -171,9 +177,12 @@ class Jobs:
         seed: int | None = None,
         changes: dict[str, dict[str, Any]] | None = None,
         preset: str | None = None,
-        called: bool = False,
+        caller: str = "",
     ) -> Job:
-        """Put a video in the queue. Raises Show1Error for bad input, a full queue, a folder that cannot be written."""
+        """Put a video in the queue; `caller` is the address of the program that asks, where one does.
+
+        Raises Show1Error for bad input, a full queue, a folder that cannot be written.
+        """
         if not isinstance(prompt, str):
             raise Show1Error("The prompt is no text.", 'Say what the video should show, as in "a panda in the snow".')
         if len(prompt) > MAX_PROMPT:
@@ -202,7 +211,8 @@ class Jobs:
             preset=preset,
             changes=changes or {},
             file=name,
-            called=called,
+            called=bool(caller),
+            caller=caller,
             cascade=cascade,
         )
         with self._changed:
@@ -505,10 +515,10 @@ class Jobs:
         return sorted(waiting, key=lambda job: (job.turn, job.created))
 
     def _give_turn(self, job: Job) -> None:
-        """Take fair turns: a visitor's next job stands behind the first one of everybody who is here."""
+        """Take fair turns: the next job of one who has some stands behind the first one of everybody who is here."""
         line = self._line(job.preset)
         others = [other for other in self._jobs.values() if not other.ended and self._line(other.preset) is line]
-        job.turn = max([line.turn, *(other.turn + 1 for other in others if other.visitor == job.visitor)])
+        job.turn = max([line.turn, *(other.turn + 1 for other in others if other.taker == job.taker)])
 
     def _total(self, line: Line, jobs: list[Job]) -> float | None:
         """Return the seconds until an engine has done these."""

@@ -332,6 +332,24 @@ def test_the_gradio_client(app, tmp_path):
     assert client.submit("a dog", api_name="/show-1").result(PATIENCE)[3]["share"] == 1
 
 
+def test_who_calls_often_does_not_go_before_who_calls_once(app):
+    def place(call) -> str:
+        while not call.outputs():
+            time.sleep(0.1)
+        return call.outputs()[0][3]["text"]
+
+    often, once = (Client(app.url, verbose=False, headers={"X-Forwarded-For": f"198.51.100.{n}"}) for n in (7, 8))
+    long = {"settings": {stage: {"steps": 900} for stage in LONG}, "api_name": "/show-1"}
+    calls = [often.submit("a cat", **long)]
+    assert place(calls[0])
+    calls += [often.submit("a cat again", **long)]
+    assert place(calls[1]) == "In the queue: number 2"
+    calls += [once.submit("a dog", **long)]
+    assert place(calls[2]) == "In the queue: number 2"
+    for call in calls:
+        call.cancel()
+
+
 def test_plain_http(app):
     question = Request(
         f"{app.url}/gradio_api/call/v2/show-1",

@@ -80,7 +80,7 @@ def test_a_restart_brings_finished_jobs_back_and_takes_up_the_others(tiny_cascad
         until(lambda: done.ended)
         running = before.submit("me", "a dog", None, LONG)
         waiting = before.submit("me", "a fox", 5, {"keyframes": {"steps": 2}}, "one-step")
-        called = before.submit("program", "an owl", called=True)
+        called = before.submit("program", "an owl", caller="198.51.100.7")
         until(lambda: running.step)
     (tmp_path / "jobs" / "damaged").mkdir()
     (tmp_path / "jobs" / "damaged" / "job.json").write_text('{"id": "dam')
@@ -231,6 +231,13 @@ def test_turns_are_fair_and_the_queue_is_bounded(tiny_cascade, tmp_path):
         jobs.submit("them", "a cat")
     jobs.cancel("me", mine[1])
     jobs.submit("them", "a cat")
+
+
+def test_programs_at_one_address_take_turns_as_one(tiny_cascade, tmp_path):
+    jobs = Jobs(Cascade.load(tiny_cascade), CPU, tmp_path, 6)  # not started: all wait
+    first, second, third = (jobs.submit(f"call {number}", "a cat", caller="198.51.100.7") for number in range(3))
+    mine, theirs = jobs.submit("me", "a cat"), jobs.submit("another call", "a cat", caller="198.51.100.8")
+    assert [len(jobs.ahead(job)) for job in (first, mine, theirs, second, third)] == list(range(5))
 
 
 def test_many_at_once_never_exceed_the_queue(tiny_cascade, tmp_path):

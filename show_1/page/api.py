@@ -21,6 +21,7 @@ def add_endpoint(jobs: Jobs) -> None:
     """Let programs make videos, through the same queue; to be called inside the page's Blocks."""
 
     async def show_1(
+        request: gr.Request,
         prompt: str,
         seed: str | None = None,
         settings: dict[str, Any] | None = None,
@@ -41,9 +42,8 @@ def add_endpoint(jobs: Jobs) -> None:
         visitor, job = secrets.token_urlsafe(24), None
         try:
             with form.told():
-                job = await asyncio.to_thread(
-                    jobs.submit, visitor, prompt, form.seed(seed), settings, preset or None, called=True
-                )
+                asked = prompt, form.seed(seed), settings, preset or None
+                job = await asyncio.to_thread(jobs.submit, visitor, *asked, caller=request.client.host)
             changed = told_at = None
             while not job.ended:
                 now = asyncio.get_running_loop().time()
