@@ -6,6 +6,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import AsyncMock
 from urllib.error import HTTPError
 from urllib.parse import urlparse
 from urllib.request import Request, urlopen
@@ -398,3 +399,29 @@ def test_a_tool_for_assistants(app):
     url = re.search(r"http://127\S+\.mp4", " ".join(part.text for part in result.content))[0]
     (file,) = app.videos() - before
     assert urlopen(url).read() == file.read_bytes()
+
+
+@pytest.mark.parametrize("note", [None, AsyncMock()])  # without progress and with it
+def test_an_assistant_that_hangs_up_leaves_no_job(app, note):
+    before = set(app.outputs.glob("jobs/*/job.json"))
+
+    async def hang_up(url: str) -> set[Path]:
+        async with (
+            streamablehttp_client(f"{url}/gradio_api/mcp/") as (read, write, _),
+            mcp.ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            (tool,) = (await session.list_tools()).tools
+            long = {"prompt": "a cat", "settings": {stage: {"steps": 900} for stage in LONG}}
+            call = asyncio.create_task(session.call_tool(tool.name, long, progress_callback=note))
+            while not (made := set(app.outputs.glob("jobs/*/job.json")) - before):
+                await asyncio.sleep(0.1)
+            call.cancel()
+        return made
+
+    with ThreadPoolExecutor() as elsewhere:
+        (job,) = elsewhere.submit(asyncio.run, hang_up(app.url)).result(PATIENCE)
+    end = time.monotonic() + PATIENCE
+    while json.loads(job.read_text())["state"] != "cancelled":
+        assert time.monotonic() < end, job.read_text()
+        time.sleep(0.1)

@@ -4,10 +4,11 @@ import asyncio
 import html
 import secrets
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, ClassVar
 
 import gradio as gr
 from gradio import processing_utils
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from show_1.cascade import STAGES
 from show_1.jobs import CANCELLED, FAILED, Jobs
@@ -15,6 +16,29 @@ from show_1.page import form, views
 
 # Our videos are. Gradio would ask an ffprobe, and fail where there is an ffmpeg without one.
 processing_utils.video_is_playable = lambda path: True
+
+
+class Assistants:
+    """Middleware that knows the requests of assistants that are still open, by a name that it gives to each.
+
+    Gradio answers them by calling itself, hands their headers on, and does not end its call when they hang up (6.31).
+    """
+
+    waiting: ClassVar[set[str]] = set()
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].rstrip("/") not in ("/gradio_api/mcp", "/gradio_api/mcp/http"):
+            await self.app(scope, receive, send)
+            return
+        name = secrets.token_urlsafe(16)
+        self.waiting.add(name)
+        try:
+            await self.app(scope | {"headers": [*scope["headers"], (b"x-assistant", name.encode())]}, receive, send)
+        finally:
+            self.waiting.discard(name)
 
 
 def add_endpoint(jobs: Jobs) -> None:
@@ -40,12 +64,15 @@ def add_endpoint(jobs: Jobs) -> None:
             preset: Which settings to start from: PRESETS. Leave it out for the first.
         """
         visitor, job = secrets.token_urlsafe(24), None
+        assistant = request.headers.get("x-assistant")
         try:
             with form.told():
                 asked = prompt, form.seed(seed), settings, preset or None
                 job = await asyncio.to_thread(jobs.submit, visitor, *asked, caller=request.client.host)
             changed = told_at = None
             while not job.ended:
+                if assistant and assistant not in Assistants.waiting:
+                    return
                 now = asyncio.get_running_loop().time()
                 if changed != job.changed or now - told_at >= 1:  # the time runs on between two steps too
                     changed, told_at = job.changed, now
