@@ -374,6 +374,17 @@ def test_plain_http(app):
     assert stages == sorted(stages, key=STAGES.index)
 
 
+@pytest.mark.parametrize("asked", [{}, {"promt": "a cat"}, {"prompt": "a cat", "sed": 7}])
+def test_plain_http_without_a_prompt_or_with_a_wrong_name_is_told(app, asked):
+    question = Request(
+        f"{app.url}/gradio_api/call/v2/show-1", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+    )
+    with pytest.raises(HTTPError) as refused:
+        urlopen(question)
+    assert refused.value.code == 422
+    assert json.load(refused.value)["detail"].startswith('The call has no "prompt", or an argument of another name.')
+
+
 def test_a_tool_for_assistants(app):
     async def use(url: str):
         told = []

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 import gradio as gr
 from gradio import processing_utils
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from show_1.cascade import STAGES
@@ -39,6 +41,14 @@ class Assistants:
             await self.app(scope | {"headers": [*scope["headers"], (b"x-assistant", name.encode())]}, receive, send)
         finally:
             self.waiting.discard(name)
+
+
+async def refuse(request: Request, error: TypeError) -> JSONResponse:
+    """Tell a call by HTTP what is wrong with its arguments: Gradio raises that, and answers nothing (6.31)."""
+    if request.url.path != "/gradio_api/call/v2/show-1":
+        raise error
+    told = 'The call has no "prompt", or an argument of another name. Give "prompt" and, as you like, '
+    return JSONResponse({"detail": told + '"seed", "settings" and "preset".'}, 422)
 
 
 def add_endpoint(jobs: Jobs) -> None:

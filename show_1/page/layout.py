@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from show_1.errors import Show1Error
 from show_1.jobs import Job, Jobs
 from show_1.page import form, views
-from show_1.page.api import Assistants, add_endpoint
+from show_1.page.api import Assistants, add_endpoint, refuse
 from show_1.page.frames import FewerFrames
 from show_1.pipeline import draw_seed
 from show_1.replay import differences, here, read
@@ -22,7 +22,10 @@ PAUSE = 0.8  # seconds after which a page that looks is answered, news or not
 HERE = Path(__file__).parent
 FONTS = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # none from the web
 STYLE = {  # for `gr.Blocks.launch`
-    "app_kwargs": {"middleware": [Middleware(FewerFrames), Middleware(Assistants)]},
+    "app_kwargs": {
+        "middleware": [Middleware(FewerFrames), Middleware(Assistants)],
+        "exception_handlers": {TypeError: refuse},
+    },
     "theme": gr.themes.Base(primary_hue="indigo", neutral_hue="zinc", **FONTS),
     # In the head, as Gradio would rewrite the selectors of what it takes as `css`.
     "head": f"<style>{(HERE / 'page.css').read_text()}</style><script>{(HERE / 'page.js').read_text()}</script>",
