@@ -94,6 +94,39 @@ def test_a_prompt_becomes_a_video_that_plays(main_app, browser):
 
 
 @needs_chromium
+def test_what_stays_on_the_page_is_left_as_it_is(app, browser):
+    """The line that is read out, a clip that plays, what has the focus, is pointed at or was opened."""
+    context = browser.new_context()
+    page, other = visit(context, app), visit(context, app)
+    ask(page, "a dog")
+    wait_for(page, "Done")
+    page.get_by_text("Settings of this video").click()
+    link = page.locator("#gallery a").filter(has_text="a dog")
+    link.focus()
+    asking(other, "a cat", keyframes="100", interpolation="300")
+    expect(page.locator("#gallery li")).to_have_count(2)
+    link.hover()
+    page.evaluate("window.pointed = document.querySelector('#gallery .thumb video')")
+    wait_for(other, "Stage 1 of 5")
+    other.evaluate("window.line = document.querySelector('#status [role=status]')")
+    title = other.title()
+    other.wait_for_function("() => document.querySelector('#clips video')")
+    other.evaluate("window.clip = document.querySelector('#clips video'); clip.play()")
+    other.wait_for_function("() => document.querySelectorAll('#clips video').length >= 2")
+    assert other.title() != title
+    assert other.evaluate("line === document.querySelector('#status [role=status]')")
+    assert other.evaluate("clip === document.querySelector('#clips video') && !clip.paused")
+    wait_for(other, "Done")
+    expect(page.locator("#gallery img")).to_have_count(2)
+    expect(link).to_be_focused()
+    assert page.evaluate("pointed.isConnected")
+    page.locator("#gallery a").first.click()
+    expect(page.locator("#settings pre")).to_contain_text("a cat")
+    expect(page.locator("#settings pre")).to_be_visible()
+    context.close()
+
+
+@needs_chromium
 def test_a_job_outlives_its_page(app, browser):
     mine, yours = browser.new_context(), browser.new_context()
     page = visit(mine, app)

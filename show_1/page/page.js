@@ -34,7 +34,7 @@ const show1 = {
             for (const [part, [mark, content]] of Object.entries(told.parts)) {
                 const place = document.getElementById(part);
                 if (typeof content === 'boolean') place.toggleAttribute('data-shown', content);
-                else place.querySelector('.part').innerHTML = content;
+                else show1.become(place.querySelector('.part'), show1.parsed(`<div class="part">${content}</div>`));
                 place.dataset.mark = mark;
             }
             show1.tell();
@@ -42,6 +42,26 @@ const show1 = {
         } catch {
             return false;
         }
+    },
+
+    parsed: html => new DOMParser().parseFromString(html, 'text/html').body.firstChild,
+
+    // Makes a node what another is, in place: what stays plays on, keeps the focus, and is not read out again.
+    // What the browser or this page has added stays, too: details that were opened, a video under the pointer.
+    become(node, other) {
+        if (node.nodeValue !== other.nodeValue) node.nodeValue = other.nodeValue;
+        for (const { name } of [...node.attributes || []])
+            if (name !== 'open' && !other.hasAttribute(name)) node.removeAttribute(name);
+        for (const { name, value } of other.attributes || [])
+            if (node.getAttribute(name) !== value) node.setAttribute(name, value);
+        const old = [...node.childNodes];
+        for (const child of [...other.childNodes]) {
+            const same = old.findIndex(({ nodeName, id }) => nodeName === child.nodeName && id === child.id);
+            old.splice(0, same).forEach(gone => gone.remove());
+            if (same < 0) node.insertBefore(child, old[0] || null);
+            else show1.become(old.shift(), child);
+        }
+        old.filter(({ added }) => !added).forEach(gone => gone.remove());
     },
 
     async askToNotify() {
@@ -109,7 +129,7 @@ document.addEventListener('mouseover', event => {
     const picture = event.target.closest?.('img[data-video]');
     if (!picture) return;
     const video = Object.assign(document.createElement('video'), {
-        src: picture.dataset.video, muted: true, loop: true, autoplay: true, playsInline: true,
+        src: picture.dataset.video, muted: true, loop: true, autoplay: true, playsInline: true, added: true,
     });
     video.ariaHidden = 'true';
     picture.closest('.thumb').append(video);

@@ -261,7 +261,7 @@ def _gallery(jobs: Jobs, visitor: str, id: str) -> str:
             inside = f'<img {picture} loading="lazy" alt="" aria-hidden="true" data-video="{_url(result)}">'
         shown = ' aria-current="true"' if job.id == id else ""
         cards.append(
-            f'<li><a href="?job={job.id}"{shown}><span class="thumb">{inside}</span>'
+            f'<li id="{job.id}"><a href="?job={job.id}"{shown}><span class="thumb">{inside}</span>'
             f'<span class="caption" dir="auto">{_text(short(job.prompt, 100))}</span></a></li>'
         )
     if not cards:
