@@ -209,6 +209,24 @@ def test_a_notification_says_when_it_is_done(app, browser):
 
 
 @needs_chromium
+@pytest.mark.parametrize(
+    "way", ["window.Notification = undefined", "Notification.requestPermission = async () => 'denied'"]
+)
+def test_where_there_are_no_notifications_that_is_told(app, browser, way):
+    context = browser.new_context()
+    context.add_init_script(way)
+    page = visit(context, app)
+    told = []
+    page.on("dialog", lambda dialog: (told.append(dialog.message), dialog.accept()))
+    asking(page, "a cat", **LONG)
+    press(page, "Notify me")
+    press(page, "Cancel")
+    wait_for(page, "Cancelled")
+    assert told == ["This browser shows no notifications here; the tab will tell."]
+    context.close()
+
+
+@needs_chromium
 def test_stop_here_keeps_the_clip(app, browser):
     page = visit(browser, app)
     before = app.videos()

@@ -65,8 +65,8 @@ const show1 = {
     },
 
     async askToNotify() {
-        const allowed = !window.Notification || await Notification.requestPermission() === 'granted';
-        if (allowed && !show1.notify('This is how it will look.'))
+        const allowed = await window.Notification?.requestPermission() === 'granted';
+        if (!allowed || !show1.notify('This is how it will look.'))
             alert('This browser shows no notifications here; the tab will tell.');
     },
 
