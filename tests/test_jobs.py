@@ -16,6 +16,7 @@ from show_1 import jobs as jobs_module
 from show_1.cascade import STAGES
 from show_1.jobs import CANCELLED, DONE, FAILED, RUNNING, STOPPED, WAITING, Jobs, duration, enlarge
 from show_1.models import UNet3DConditionModel
+from show_1.page import views
 from show_1.pipeline import Clip, Show1Pipeline, StageStart, StepDone, Video
 from show_1.timing import PHASES, RELATIVE, Calibration, Cost, Forecast, stage_steps
 
@@ -512,6 +513,18 @@ def test_sharp_clips():
     frames = torch.zeros(2, 5, 7, 3, dtype=torch.uint8).numpy()
     _, height, width, _ = enlarge(frames).shape
     assert height >= 160 and height % 2 == 0 and width % 2 == 0
+
+
+def test_the_gallery_tells_how_many_older_videos_it_leaves_out(tiny_cascade, tmp_path, monkeypatch):
+    monkeypatch.setattr(views, "IN_GALLERY", 2)
+    jobs = Jobs(Cascade.load(tiny_cascade), CPU, tmp_path, 12)
+    made = [jobs.submit("me", "a cat") for _ in range(5)]
+    jobs.cancel("me", made[0])
+    gallery = views.view(jobs, "", None, "me")["gallery"]
+    assert gallery.count("<li") == 2 and "Older videos, not shown here: 2. Each is kept" in gallery
+    for job in made[1:3]:
+        jobs.cancel("me", job)
+    assert "Older" not in views.view(jobs, "", None, "me")["gallery"]
 
 
 def test_a_job_with_settings_of_its_own_still_names_the_words_that_mini_does_not_know(tmp_path):

@@ -247,10 +247,11 @@ def _settings(job: Job) -> str:
 
 
 def _gallery(jobs: Jobs, visitor: str, id: str) -> str:
-    cards = []
+    cards, older = [], 0
     for job in jobs.of(visitor):
         if len(cards) == IN_GALLERY:
-            break
+            older += job.state not in (CANCELLED, FAILED)  # not looked up on the disk: they may be many
+            continue
         result = jobs.result(job)
         if not result and job.ended:
             continue
@@ -266,7 +267,9 @@ def _gallery(jobs: Jobs, visitor: str, id: str) -> str:
         )
     if not cards:
         return "<h2>Your videos</h2><p class='note'>None yet. What you make is kept here, for this browser only.</p>"
-    return f"<h2>Your videos</h2><ul>{''.join(cards)}</ul>"
+    rest = f"Older videos, not shown here: {older}. Each is kept in the server's output folder and opens by its link."
+    rest = f'<p class="note">{rest}</p>' if older else ""
+    return f"<h2>Your videos</h2><ul>{''.join(cards)}</ul>{rest}"
 
 
 def _percent(share: float) -> str:
