@@ -15,20 +15,20 @@ from torch import multiprocessing
 from transformers import T5EncoderModel
 
 from show_1.errors import Show1Error
-from training import judge, models, train, world
+from training import batches, judge, losses, models, stages, train, world
 from training.redraw import TIMES, Redrawn
 
 CPU = torch.device("cpu")
-REAL_MINI = train.MINI
+REAL_MINI = stages.MINI
 
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """Train there, and not in the project."""
-    monkeypatch.setattr(train, "MINI", tmp_path / "mini")
-    monkeypatch.setattr(train, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(stages, "MINI", tmp_path / "mini")
+    monkeypatch.setattr(stages, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(train, "LOG", tmp_path / "log.jsonl")
-    monkeypatch.setattr(train, "captions", partial(train.captions, count=4))
+    monkeypatch.setattr(stages, "captions", partial(batches.captions, count=4))
     return tmp_path
 
 
@@ -144,7 +144,7 @@ def test_weights_of_another_configuration(folders):
     folder = folders / "mini" / "show-1-interpolation" / "unet"
     models.video_unet("keyframes").save_pretrained(folder)
     with pytest.raises(Show1Error, match="another configuration"):
-        train._start_from(models.video_unet("interpolation"), folder)
+        stages._start_from(models.video_unet("interpolation"), folder)
 
 
 def test_the_spatial_part_draws_frames_as_the_new_video_unet_does_and_is_trained_with_it():
@@ -188,7 +188,7 @@ def test_upscalers_learn_from_true_keyframes_and_at_times_from_blends_between_th
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     scenes, times = [world.sample(rng) for _ in range(16)], torch.arange(8).expand(16, 8) / 28
-    shown, true = train._half_blended(scenes, times), world.render(scenes, *train.SMALL, times)
+    shown, true = batches._half_blended(scenes, times), world.render(scenes, *batches.SMALL, times)
     errors = (shown - true).square().mean((1, 3, 4))  # (scenes, frames)
     assert errors[:, [0, 4]].max() < 1e-6
     assert 3 <= (errors[:, 2] > 1e-6).sum() <= 13
@@ -196,7 +196,7 @@ def test_upscalers_learn_from_true_keyframes_and_at_times_from_blends_between_th
 
 @pytest.fixture(scope="module")
 def redrawn():
-    return Redrawn(REAL_MINI, CPU, torch.float32, train.picture_chances(), fresh=0.05)
+    return Redrawn(REAL_MINI, CPU, torch.float32, batches.picture_chances(), fresh=0.05)
 
 
 def test_redrawn_clips_show_their_scenes_where_they_are_with_the_small_stages_faults(redrawn):
@@ -204,8 +204,8 @@ def test_redrawn_clips_show_their_scenes_where_they_are_with_the_small_stages_fa
     rng = np.random.default_rng(0)
     scenes = [world.sample(rng, pairs=0) for _ in range(3)]
     drawn = redrawn.draw(scenes, 700)
-    true = world.render(scenes, *train.SMALL, TIMES, coverage=True)
-    assert drawn.shape == (3, 3, 29, *train.SMALL)
+    true = world.render(scenes, *batches.SMALL, TIMES, coverage=True)
+    assert drawn.shape == (3, 3, 29, *batches.SMALL)
     covered = true[:, 3:] > 0.5
     errors = [
         [((clip - other)[:, where[0]]).square().mean() for other in true[:, :3]]
@@ -221,7 +221,7 @@ def test_redrawn_clips_are_used_several_times_and_chosen_anew_by_each_generator(
 
     def draw(scenes: list[world.Scene], noise_level: int) -> torch.Tensor:
         drawn.extend(scenes)
-        return torch.zeros(len(scenes), 3, 29, *train.SMALL)
+        return torch.zeros(len(scenes), 3, 29, *batches.SMALL)
 
     monkeypatch.setattr(redrawn, "draw", draw)
     chosen = [[redrawn(rng, 4)[0] for _ in range(100)] for rng in (np.random.default_rng(seed) for seed in (0, 0, 1))]
@@ -232,13 +232,13 @@ def test_redrawn_clips_are_used_several_times_and_chosen_anew_by_each_generator(
 
 def test_upscalers_see_redrawn_frames_as_often_as_said(redrawn, monkeypatch):
     """The condition of the frames behind the lead is what was drawn, at its times, enlarged; true are those in full."""
-    monkeypatch.setattr(train, "REDRAWN", 1.0)
-    monkeypatch.setattr(redrawn, "draw", lambda scenes, noise_level: world.render(scenes, *train.SMALL, TIMES))
+    monkeypatch.setattr(batches, "REDRAWN", 1.0)
+    monkeypatch.setattr(redrawn, "draw", lambda scenes, noise_level: world.render(scenes, *batches.SMALL, TIMES))
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     for make in (
-        lambda: train.enlarged_pictures(rng, redrawn=redrawn),
-        lambda: train.enlarged_windows(rng, redrawn=redrawn, first_frame=lambda first: first["clean"]),
+        lambda: batches.enlarged_pictures(rng, redrawn=redrawn),
+        lambda: batches.enlarged_windows(rng, redrawn=redrawn, first_frame=lambda first: first["clean"]),
     ):
         for _ in range(4):
             batch = make()
@@ -253,7 +253,7 @@ def test_a_lead_is_at_times_the_first_frames_model_own(redrawn):
     rng = np.random.default_rng(0)
     clip = torch.zeros(2, 3, 8, 16, 16)
     led = [
-        train._led(rng, {"clean": clip, "condition": clip + 1}, lambda batch: batch["condition"] + 1)["condition"]
+        batches._led(rng, {"clean": clip, "condition": clip + 1}, lambda batch: batch["condition"] + 1)["condition"]
         for _ in range(40)
     ]
     assert all((each[:, :, 1:] == 1).all() for each in led)
@@ -263,10 +263,10 @@ def test_a_lead_is_at_times_the_first_frames_model_own(redrawn):
 
 def test_a_sampler_of_few_steps_is_trained_at_its_own_noise_levels():
     torch.manual_seed(0)
-    levels, counts = train.of_sampler(3)(3000).unique(return_counts=True)
+    levels, counts = losses.of_sampler(3)(3000).unique(return_counts=True)
     assert levels.tolist() == [333, 666, 999]  # where it looks, as the scheduler says
     assert counts.min() > 900  # each as often as the others
-    assert train.of_sampler(1)(5).tolist() == [999] * 5
+    assert losses.of_sampler(1)(5).tolist() == [999] * 5
 
 
 def test_plain_attention_gives_the_same_numbers():
@@ -286,8 +286,8 @@ def test_plain_attention_gives_the_same_numbers():
 def test_what_the_evaluation_missed_is_pictured_more_often(tmp_path, monkeypatch):
     right = dict.fromkeys(world.OBJECTS, 1.0) | {"whale": 0.5, "monkey": 0.0}
     (tmp_path / "evaluation.json").write_text(json.dumps({"objects": right}))
-    monkeypatch.setattr(train, "EVALUATION", tmp_path / "evaluation.json")
-    chances = dict(zip(world.OBJECTS, train.picture_chances.__wrapped__(), strict=True))
+    monkeypatch.setattr(batches, "EVALUATION", tmp_path / "evaluation.json")
+    chances = dict(zip(world.OBJECTS, batches.picture_chances.__wrapped__(), strict=True))
     assert sum(chances.values()) == pytest.approx(1)
     assert chances["monkey"] == pytest.approx(5 * chances["cat"])
     assert chances["whale"] == pytest.approx(3 * chances["cat"])
@@ -295,7 +295,7 @@ def test_what_the_evaluation_missed_is_pictured_more_often(tmp_path, monkeypatch
 
 def test_expected_coverage_moves_as_the_motions_say():
     """By the middle of where things are more often than at other times."""
-    expected = train.expected_coverage(np.random.default_rng(0), (5, 8), count=6)
+    expected = stages.expected_coverage(np.random.default_rng(0), (5, 8), count=6)
     assert expected.shape == (2, len(world.MOTIONS), 8, 5, 8)
     across = (expected * torch.arange(8.0)).sum((-1, -2))
     down = (expected * torch.arange(5.0)[:, None]).sum((-1, -2))
@@ -310,7 +310,7 @@ def test_expected_coverage_moves_as_the_motions_say():
         assert pair[-1] > pair[0], name
 
 
-def _taught(stage: train.Stage, batch: dict, rate: float) -> tuple[set[str], float]:
+def _taught(stage: stages.Stage, batch: dict, rate: float) -> tuple[set[str], float]:
     """Return what eight updates on a batch teach of the UNet, and what share of the loss they leave."""
     unet, losses = stage.models["unet"], []
 
@@ -335,11 +335,11 @@ def test_paths_are_taught_to_the_deepest_up_block_alone(folders, monkeypatch):
     for part in ("tokenizer", "text_encoder"):
         shutil.copytree(REAL_MINI / "show-1-base" / part, folders / "mini" / "show-1-base" / part)
     with pytest.raises(Show1Error, match="--stage pictures"):
-        train.paths_stage(CPU)
+        stages.paths_stage(CPU)
     shutil.copytree(REAL_MINI / "show-1-base" / "unet", folders / "runs" / "pictures")
-    monkeypatch.setattr(train, "expected_coverage", partial(train.expected_coverage, count=1))
-    stage = train.paths_stage(CPU)
-    taught, left = _taught(stage, train.path_clips(np.random.default_rng(0), 2), rate=1e-3)
+    monkeypatch.setattr(stages, "expected_coverage", partial(stages.expected_coverage, count=1))
+    stage = stages.paths_stage(CPU)
+    taught, left = _taught(stage, batches.path_clips(np.random.default_rng(0), 2), rate=1e-3)
     assert left < 0.8
     assert taught and all(name.startswith("up_blocks.0.") for name in taught)
 
@@ -348,7 +348,7 @@ def test_pictures_for_pairs_are_told_in_the_same_words_but_for_the_things():
     things = {"a", "an"}
     for name, thing in world.OBJECTS.items():
         things.update(re.findall("[a-z]+", f"{name} {thing.synonyms}"))
-    batch = train.pictures_for_pairs(np.random.default_rng(0), 4)
+    batch = batches.pictures_for_pairs(np.random.default_rng(0), 4)
     rows = list(zip(batch["captions"], batch["left"], batch["right"], strict=True))
     assert sum(left != right for _, left, right in rows) > 8
     for row in rows:
@@ -363,10 +363,10 @@ def test_pairs_are_taught_to_the_blocks_that_read_alone(folders):
     for part in ("tokenizer", "text_encoder"):
         shutil.copytree(REAL_MINI / "show-1-base" / part, folders / "mini" / "show-1-base" / part)
     with pytest.raises(Show1Error, match="--stage pictures"):
-        train.pairs_stage(CPU)
+        stages.pairs_stage(CPU)
     shutil.copytree(REAL_MINI / "show-1-base" / "unet", folders / "mini" / "show-1-base" / "unet")
-    stage = train.pairs_stage(CPU)
-    taught, left = _taught(stage, train.pictures_for_pairs(np.random.default_rng(0)), rate=3e-4)
+    stage = stages.pairs_stage(CPU)
+    taught, left = _taught(stage, batches.pictures_for_pairs(np.random.default_rng(0)), rate=3e-4)
     assert left < 0.9
     assert taught and all(re.match(r"(down_blocks\.2|mid_block|up_blocks\.[01])\.", name) for name in taught)
 
@@ -408,19 +408,19 @@ def test_combinations_cover_the_vocabulary():
 
 
 def test_what_is_painted_at_once_comes_in_batches_in_another_order(monkeypatch):
-    monkeypatch.setattr(train, "GPU_SCALE", 1)
-    monkeypatch.setattr(train, "GPU_BATCHES", 2)
-    monkeypatch.setattr(train, "GPU_POOL", 2)
-    monkeypatch.setattr(train, "picture_chances", lambda: None)  # or each evaluation would shuffle anew
-    stream = train.painted_on(CPU, train.keyframe_clips, (1, 2))
+    monkeypatch.setattr(batches, "GPU_SCALE", 1)
+    monkeypatch.setattr(batches, "GPU_BATCHES", 2)
+    monkeypatch.setattr(batches, "GPU_POOL", 2)
+    monkeypatch.setattr(batches, "picture_chances", lambda: None)  # or each evaluation would shuffle anew
+    stream = batches.painted_on(CPU, batches.keyframe_clips, (1, 2))
     rng = np.random.default_rng((1, 2))
-    painted = [train.made_on(CPU, train.keyframe_clips, rng, 2) for _ in range(2)]
-    batches = [(many, slice(4 * n, 4 * n + 4), slice(16 * n, 16 * n + 16)) for many in painted for n in range(2)]
+    painted = [batches.made_on(CPU, batches.keyframe_clips, rng, 2) for _ in range(2)]
+    parts = [(many, slice(4 * n, 4 * n + 4), slice(16 * n, 16 * n + 16)) for many in painted for n in range(2)]
     first = next(stream)  # one of four at hand
-    [(many, clips, stills)] = [parts for parts in batches if parts[0]["captions"][parts[1]] == first["captions"]]
+    [(many, clips, stills)] = [part for part in parts if part[0]["captions"][part[1]] == first["captions"]]
     assert torch.equal(first["clean"], many["clean"][clips])
     assert torch.equal(first["pictures"]["clean"], many["pictures"]["clean"][stills])
     given = [first, *(next(stream) for _ in range(9))]
     order = [tuple(batch["captions"]) for batch in given]
     assert len(set(order)) == 10
-    assert order[:4] != [tuple(many["captions"][clips]) for many, clips, _ in batches]
+    assert order[:4] != [tuple(many["captions"][clips]) for many, clips, _ in parts]

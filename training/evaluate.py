@@ -31,8 +31,8 @@ from show_1.errors import exit_code
 from show_1.pipeline import check_device
 from show_1.stages.denoise import finish
 from training import judge, world
+from training.batches import FULL, MEDIUM, SMALL, bicubic, degrade
 from training.redraw import TIMES
-from training.train import FULL, MEDIUM, SMALL, bicubic, degrade
 
 ASPECTS = ("object", "place", "motion")
 CLIPS = ("keyframes", "interpolated", "pixel_upscaled", "video")

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from show_1.errors import Show1Error
 from training import world
-from training.train import FULL, KEYFRAME_TIMES, SMALL, Batches, labels
+from training.batches import FULL, KEYFRAME_TIMES, SMALL, Batches, labels
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
 SIZE = (80, 144)  # height, width of what it looks at: half the final size
