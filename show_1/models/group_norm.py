@@ -15,7 +15,7 @@ class GroupNorm(nn.GroupNorm):
     PyTorch's own has two ways for this layout on the CPU: that for 1024 pixels and more is quick, the other takes up to
     ten times as long as in the usual layout, and both are slow backwards (measured with 2.13). On a GPU it knows the
     usual layout alone, and the convolutions around it would have theirs copied into that and back: where no gradients
-    are recorded, `kernels` does better.
+    are recorded, `gpu_kernels` does better.
     """
 
     activation: str | None = None  # of a module that follows and has been taken into this one
