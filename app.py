@@ -32,7 +32,11 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Open the Show-1 page.")
-    parser.add_argument("--cascade", metavar="NAME|FILE", help=f"{', '.join(Cascade.names())}, or a TOML file")
+    parser.add_argument(
+        "--cascade",
+        metavar="NAME|FILE",
+        help=f"{', '.join(Cascade.names())}, or a TOML file; default: show-1 on a CUDA GPU, else mini",
+    )
     parser.add_argument("--device", help="cuda, cpu, mps, ...; default: cuda where there is one")
     parser.add_argument("--memory", metavar="12GB", help="how much of the GPU's memory to use; default: what is free")
     parser.add_argument(
@@ -45,10 +49,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--server-name", default="127.0.0.1", help="0.0.0.0 lets other computers in")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     parser.add_argument("--queue-size", type=int, default=12, help="how many videos may wait; default: 12")
-    parser.add_argument("--output-dir", type=Path, default=hosts.detect().outputs, help="where the videos are kept")
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=hosts.detect().outputs,
+        help="where the videos are kept; default: %(default)s",
+    )
     parser.add_argument("--models", metavar="DIR", type=Path, help="take hub models from DIR/owner/name")
     parser.add_argument("--offline", action="store_true", help="ask no network: what was fetched before must do")
-    parser.add_argument("--mcp", action="store_true", help="also be a tool for assistants, by MCP")
+    parser.add_argument("--mcp", action="store_true", help="also be a tool for assistants, by MCP; not with --auth")
     return parser
 
 

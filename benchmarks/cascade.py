@@ -277,7 +277,11 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cascade", description=__doc__.splitlines()[0])
-    parser.add_argument("--cascade", metavar="NAME|FILE", help=f"{', '.join(Cascade.names())}, or a TOML file")
+    parser.add_argument(
+        "--cascade",
+        metavar="NAME|FILE",
+        help=f"{', '.join(Cascade.names())}, or a TOML file; default: show-1 on a CUDA GPU, else mini",
+    )
     parser.add_argument("--weights", choices=("own", "random"), default="own", help="random: full size, no download")
     parser.add_argument("--stages", metavar="A,B", default=",".join(STAGES[1:]), help="default: %(default)s")
     parser.add_argument("--device", help="default: cuda where there is one")

@@ -47,7 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--also", metavar="PROMPT", action="append", default=[], help="another video in one go; may be repeated"
     )
-    parser.add_argument("--cascade", metavar="NAME|FILE", help=f"{', '.join(Cascade.names())}, or a TOML file")
+    parser.add_argument(
+        "--cascade",
+        metavar="NAME|FILE",
+        help=f"{', '.join(Cascade.names())}, or a TOML file; default: show-1 on a CUDA GPU, else mini",
+    )
     parser.add_argument("--seed", metavar="N", help="for the same video again; drawn if left out")
     parser.add_argument("--out", metavar="FILE.mp4", type=Path, help=f"default: a name of its own in {OUTPUTS}/")
     parser.add_argument("--device", help="cuda, cpu, mps, ...; default: cuda where there is one")
