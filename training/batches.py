@@ -1,9 +1,6 @@
 """What mini is trained on: batches of scenes of the world, with the faults that each stage is to repair."""
 
-import functools
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,8 +12,6 @@ from training.redraw import EVERY, TIMES, Redrawn
 
 KEYFRAME_TIMES = TIMES[::EVERY]
 SMALL, MEDIUM, FULL = (20, 32), (80, 128), (160, 288)  # height, width after each enlargement
-EVALUATION = Path(__file__).parent / "evaluation.json"
-HARD_MORE = 4.0  # times as many pictures more of an object that the evaluation never found
 TEXT_DROPPED = 0.1  # how often a caption is emptied, for classifier-free guidance
 REDRAWN = 0.4  # of an upscaler's batches, so many show what the stages before it draw, and the others true frames
 NOISED = 60  # where the noise levels of an upscaler's condition end; mini's are 20 for the first frame and 0 after it
@@ -79,10 +74,8 @@ def _part(many: dict, number: int) -> dict:
     return {key: part(value) for key, value in many.items()}
 
 
-def _scenes(
-    rng: np.random.Generator, count: int, chances: np.ndarray | None = None
-) -> tuple[list[world.Scene], list[str]]:
-    scenes = [world.sample(rng, chances=chances) for _ in range(count)]
+def _scenes(rng: np.random.Generator, count: int) -> tuple[list[world.Scene], list[str]]:
+    scenes = [world.sample(rng) for _ in range(count)]
     return scenes, ["" if rng.random() < TEXT_DROPPED else scene.caption for scene in scenes]
 
 
@@ -110,9 +103,13 @@ def labels(scenes: list[world.Scene]) -> dict[str, torch.Tensor]:
 
 def told(batch: dict) -> torch.Tensor:
     """Return 1 for each scene whose caption names its motion and 0 for the others."""
-    motions = [list(world.MOTIONS.values())[index] for index in batch["motion"].tolist()]
-    pairs = zip(motions, batch["captions"], strict=True)
-    return torch.tensor([float(any(word in caption for word in motion.words())) for motion, caption in pairs])
+    motions, places = list(world.MOTIONS.values()), list(world.PLACES.values())
+    found = []
+    for caption, motion, place in zip(batch["captions"], batch["motion"], batch["place"], strict=True):
+        for where in places[place].words():  # "in falling snow" names no motion
+            caption = caption.replace(where, "")
+        found.append(float(any(word in caption for word in motions[motion].words())))
+    return torch.tensor(found)
 
 
 def _strewn(rng: np.random.Generator, caption: str) -> str:
@@ -153,9 +150,9 @@ def _cut(rng: np.random.Generator, batch: dict, side: int) -> dict:
     return batch | {key: squares(batch[key]) for key in ("clean", "weight", "condition") if key in batch}
 
 
-def pictures(rng: np.random.Generator, scale: int = 1, count: int = 20, chances: np.ndarray | None = None) -> dict:
+def pictures(rng: np.random.Generator, scale: int = 1, count: int = 20) -> dict:
     """Whole frames: from squares of them the model learns to put the thing that is asked for into every square."""
-    scenes, captions = _scenes(rng, count * scale, chances)
+    scenes, captions = _scenes(rng, count * scale)
     times = _moments(rng, scenes)
     painted = _painted(scenes, SMALL, times, SMALL_OBJECT_WEIGHT)
     return {key: value[:, :, 0] for key, value in painted.items()} | {"captions": captions}
@@ -169,17 +166,9 @@ def _moments(rng: np.random.Generator, scenes: list[world.Scene]) -> torch.Tenso
 def keyframe_clips(rng: np.random.Generator, scale: int = 1) -> dict:
     """A batch of clips, and of pictures: many more things are seen so in the time that clips alone would take."""
     scenes, captions = _scenes(rng, 4 * scale)
-    stills = pictures(rng, scale, 16, picture_chances())
+    stills = pictures(rng, scale, 16)
     clips = _painted(scenes, SMALL, KEYFRAME_TIMES, SMALL_OBJECT_WEIGHT)
     return clips | {"captions": captions, "pictures": stills}
-
-
-@functools.cache
-def picture_chances() -> np.ndarray:
-    """Return how often each object is to be pictured, (objects,): the more the last evaluation missed it, the more."""
-    right = json.loads(EVALUATION.read_text())["objects"]
-    weights = np.array([1 + HARD_MORE * (1 - right.get(name, 1)) for name in world.OBJECTS])
-    return weights / weights.sum()
 
 
 def path_clips(rng: np.random.Generator, scale: int = 1) -> dict:
@@ -322,10 +311,10 @@ def full_frames(rng: np.random.Generator, scale: int = 1) -> dict:
 def full_windows(
     rng: np.random.Generator, scale: int = 1, *, redrawn: Redrawn, first_frame: Enlarge, enlarge: Enlarge
 ) -> dict:
-    """Clips in full size, and as often as not what the stages before make of small ones, as condition."""
+    """Clips in full size, with what the stages before make of small ones as condition, or true ones with faults."""
     whole = rng.random() < 0.3
     count = (1 if whole else 2) * scale
-    if rng.random() < 0.5:
+    if rng.random() < REDRAWN:
         scenes, times, small = _redrawn_windows(rng, count, 4, redrawn)
         captions = [scene.caption for scene in scenes]
         batch, level = _enlarged(scenes, times, small)

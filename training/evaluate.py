@@ -52,14 +52,16 @@ def combinations(count: int) -> list[tuple[str, str, str]]:
     return chosen
 
 
-def pairs(count: int) -> list[tuple[str, str, str]]:
-    """Return prompts of two objects: (one, another, place)."""
-    rng = np.random.default_rng(1)
-    objects, places = list(world.OBJECTS), list(world.PLACES)
-    return [
-        (*(objects[k] for k in rng.choice(len(objects), 2, replace=False)), places[n % len(places)])
-        for n in range(count)
-    ]
+def pairs(count: int) -> list[tuple[tuple[str, str], str, str]]:
+    """Return never-trained combinations of two objects, place and motion: neither object was seen so there."""
+    rng, chosen = np.random.default_rng(1), []
+    objects, places, motions = list(world.OBJECTS), list(world.PLACES), list(world.MOTIONS)
+    while len(chosen) < count:
+        one, another = (objects[k] for k in rng.choice(len(objects), 2, replace=False))
+        place, motion = places[len(chosen) % len(places)], motions[rng.integers(len(motions))]
+        if world.held_out(one, place, motion) and world.held_out(another, place, motion):
+            chosen.append(((one, another), place, motion))
+    return chosen
 
 
 class Tally:
@@ -103,7 +105,7 @@ def _video(prompt: str, seed: int) -> tuple[np.ndarray, dict[str, dict]]:
 def _keyframes(prompt: str, seed: int, guidance: float) -> dict:
     """Return what the judge sees in keyframes that another guidance scale makes."""
     settings = _pipeline.cascade.stream_settings("keyframes") | {"guidance": guidance}
-    return _critic.verdict(_pipeline.keyframes(_pipeline.keyframes.encode(prompt), **settings, seed=seed))
+    return _critic.verdict(_pipeline.keyframes(_pipeline.keyframes.encode(prompt), **settings, seed=seed).cpu())
 
 
 def follow_prompts(pool: Executor, count: int, pictures: Path | None) -> dict:
@@ -125,9 +127,9 @@ def follow_prompts(pool: Executor, count: int, pictures: Path | None) -> dict:
 def follow_pairs(pool: Executor, count: int) -> float:
     """Return the share of videos of two objects in which the judge sees both."""
     chosen = pairs(count)
-    prompts = [f"{world.with_article(one)} and {world.with_article(other)} {place}" for one, other, place in chosen]
+    prompts = [world.plain_caption(*words) for words in chosen]
     made = tqdm(pool.map(_video, prompts, range(count)), "pairs", count)
-    right = [seen["video"]["pair"] == {one, other} for (one, other, _), (_, seen) in zip(chosen, made, strict=True)]
+    right = [seen["video"]["pair"] == set(both) for (both, _, _), (_, seen) in zip(chosen, made, strict=True)]
     return round(sum(right) / count, 4)
 
 
@@ -155,35 +157,37 @@ def stages_earn_their_place(pipeline: Show1Pipeline, count: int) -> dict:
     against bicubic enlargement.
     """
     rng, critic, cascade = np.random.default_rng(99), judge.load(), pipeline.cascade
+    device = pipeline.keyframes.device
     found = {name: [] for name in ("interpolation", "blend", "pixel", "pixel_bicubic", "latent", "latent_bicubic")}
     torch.manual_seed(99)  # what degrades the frames
 
     for seed in tqdm(range(count), desc="stages"):
         scene = world.sample(rng, train=False)
         small, medium, full = (world.render([scene], *size, TIMES) for size in (SMALL, MEDIUM, FULL))
-        noisy = (small + 0.04 * torch.randn_like(small)).clamp(-1, 1)
+        noisy = (small + 0.04 * torch.randn_like(small)).clamp(-1, 1).to(device)
         text = pipeline.keyframes.encode(scene.caption)
-        between = pipeline.interpolation(text, noisy[:, :, ::4], **cascade.stream_settings("interpolation"), seed=seed)
-        blend = F.interpolate(noisy[:, :, ::4], size=small.shape[2:], mode="trilinear", align_corners=True)
+        settings = cascade.stream_settings("interpolation") | {"seed": seed}
+        between = pipeline.interpolation(text, noisy[:, :, ::4], **settings).cpu()
+        blend = F.interpolate(noisy.cpu()[:, :, ::4], size=small.shape[2:], mode="trilinear", align_corners=True)
         inner = [k for k in range(29) if k % 4]
         found["interpolation"].append(F.mse_loss(between[:, :, inner], small[:, :, inner]).item())
         found["blend"].append(F.mse_loss(blend[:, :, inner], small[:, :, inner]).item())
 
-        given = degrade(small).clamp(-1, 1)
+        given = degrade(small).clamp(-1, 1).to(device)
         first = finish(
             pipeline.pixel_upscale.stream_first_frame(
                 text, given[:, :, 0], **cascade.stream_settings("first_frame"), seed=seed
             )
         )
         enlarged = pipeline.pixel_upscale(text, given, first, **cascade.stream_settings("pixel_upscale"), seed=seed)
-        found["pixel"].append(critic.distance(enlarged, medium))
-        found["pixel_bicubic"].append(critic.distance(bicubic(given, MEDIUM, align_corners=True), medium))
+        found["pixel"].append(critic.distance(enlarged.cpu(), medium))
+        found["pixel_bicubic"].append(critic.distance(bicubic(given.cpu(), MEDIUM, align_corners=True), medium))
 
-        given = degrade(medium).clamp(-1, 1)
+        given = degrade(medium).clamp(-1, 1).to(device)
         latent_text = pipeline.latent_upscale.encode(scene.caption, cascade.latent_upscale.negative_prompt)
         redrawn = pipeline.latent_upscale(latent_text, given, **cascade.stream_settings("latent_upscale"), seed=seed)
-        found["latent"].append(critic.distance(redrawn, full))
-        found["latent_bicubic"].append(critic.distance(bicubic(given, FULL, align_corners=False), full))
+        found["latent"].append(critic.distance(redrawn.cpu(), full))
+        found["latent_bicubic"].append(critic.distance(bicubic(given.cpu(), FULL, align_corners=False), full))
     return {name: round(float(np.mean(values)), 5) for name, values in found.items()}
 
 
@@ -227,13 +231,20 @@ def main() -> None:
     world.sprites()  # a missing font is said here, not after an hour
     pipeline = Show1Pipeline.from_cascade(arguments.cascade, arguments.device)
     began, found = time.monotonic(), {"seconds_per_video": seconds_a_video(pipeline)}
+
+    def save() -> None:  # after each part: they take long
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
     alone = check_device(arguments.device).type != "cpu"
     how = (arguments.cascade, arguments.device, None if alone else 1)
     with ProcessPoolExecutor(1 if alone else os.cpu_count(), get_context("spawn"), _get_ready, how) as pool:
         if arguments.videos:
             found |= follow_prompts(pool, arguments.videos, arguments.pictures)
+            save()
         if arguments.pairs:
             found["pair"] = follow_pairs(pool, arguments.pairs)
+            save()
         if arguments.guidance:
             scales = [float(scale) for scale in arguments.guidance.split(",")]
             found["guidance"] = {scale: other_guidance(pool, scale) for scale in scales}
@@ -245,8 +256,7 @@ def main() -> None:
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }
     print(json.dumps(found, indent=1))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    save()
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 Widths are multiples of 32, since the temporal convolutions normalise in 32 groups whatever the configuration says.
 """
 
+import contextlib
 import io
 import json
-from collections.abc import Iterable
+import os
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
@@ -244,7 +247,6 @@ def image_noising_scheduler() -> DDPMScheduler:
 
 def train_t5_tokenizer(captions: Iterable[str], folder: Path) -> T5Tokenizer:
     """Learn a SentencePiece vocabulary from captions; save it as `spiece.model` in the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     learned = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(captions),
@@ -258,15 +260,15 @@ def train_t5_tokenizer(captions: Iterable[str], folder: Path) -> T5Tokenizer:
         bos_id=-1,
         minloglevel=2,
     )
-    (folder / "spiece.model").write_bytes(learned.getvalue())
     config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 77}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    with _made_whole(folder) as making:
+        (making / "spiece.model").write_bytes(learned.getvalue())
+        (making / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return T5Tokenizer.from_pretrained(folder)
 
 
 def train_clip_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
     """Learn a byte-pair vocabulary from captions; save it in CLIP's form in the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)])
     learner.decoder = decoders.ByteLevel()
@@ -280,8 +282,19 @@ def train_clip_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer
     pieces = alphabet + [f"{letter}</w>" for letter in alphabet] + [merge.replace(" ", "") for merge in merges]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False, indent=1) + "\n")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    with _made_whole(folder) as making:
+        (making / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False, indent=1) + "\n")
+        (making / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+        (making / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return CLIPTokenizer.from_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _made_whole(folder: Path) -> Iterator[Path]:
+    """Give a folder to fill, which bears its name only once it is full: there may be no half of one."""
+    making = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    yield making
+    os.replace(making, folder)

@@ -31,11 +31,10 @@ class Redrawn:
     """Small clips drawn by the trained stages in `mini`, beside the scenes that they should show.
 
     Each is used several times, in other parts: `fresh` is the share of the clips asked for that are drawn anew.
-    `chances`, (objects,), are those of each object to be in them.
     """
 
-    def __init__(self, mini: Path, device: torch.device, dtype: torch.dtype, chances: np.ndarray, fresh: float):
-        self.mini, self.device, self.dtype, self.chances, self.fresh = mini, device, dtype, chances, fresh
+    def __init__(self, mini: Path, device: torch.device, dtype: torch.dtype, fresh: float):
+        self.mini, self.device, self.dtype, self.fresh = mini, device, dtype, fresh
         self.kept: deque[tuple[world.Scene, torch.Tensor]] = deque(maxlen=KEPT)
         self.rng: np.random.Generator | None = None
 
@@ -46,7 +45,7 @@ class Redrawn:
             self.rng = rng
         fresh = rng.binomial(count, self.fresh) if self.kept else count
         if fresh:
-            scenes = [world.sample(rng, chances=self.chances) for _ in range(fresh)]
+            scenes = [world.sample(rng) for _ in range(fresh)]
             self.kept.extend(zip(scenes, self.draw(scenes, rng.integers(*NOISE_LEVELS)), strict=True))
         chosen = [self.kept[k] for k in rng.integers(len(self.kept), size=count)]
         return [scene for scene, _ in chosen], torch.stack([clip for _, clip in chosen])
@@ -75,7 +74,7 @@ class Redrawn:
         timesteps = scheduler.timesteps[scheduler.timesteps <= noise_level]
         noisy = scheduler.add_noise(clean, noise, timesteps[:1].expand(len(clean)))
         # In the world's plainest words, as a caption may leave out what the model would then draw otherwise.
-        captions = [world.plain_caption(" and a ".join(s.objects), s.place, s.motion) for s in scenes]
+        captions = [world.plain_caption(s.objects, s.place, s.motion) for s in scenes]
         text = keyframes.encode(captions)
         guidance = cascade.keyframes.guidance
         measures = {"timesteps": timesteps, "generators": generators}

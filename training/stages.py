@@ -32,7 +32,6 @@ from training.batches import (
     keyframe_clips,
     made_on,
     path_clips,
-    picture_chances,
     pictures,
     pictures_for_pairs,
     segments,
@@ -140,11 +139,8 @@ def text_stage() -> Stage:
     looks = appearances()
     tokenizer = t5_tokenizer()
     sizes = [len(world.OBJECTS), len(world.PLACES), len(world.MOTIONS)]
-    saved = MINI / "show-1-base" / "text_encoder"
     trained = {
-        "text_encoder": T5EncoderModel.from_pretrained(saved, dtype=torch.float32)
-        if saved.exists()
-        else models.text_encoder(len(tokenizer)),
+        "text_encoder": _saved_text_encoder() or models.text_encoder(len(tokenizer)),
         "reader": nn.Linear(models.TEXT_WIDTH, sum(sizes)),
     }
 
@@ -160,14 +156,32 @@ def text_stage() -> Stage:
     return Stage(trained, captions, loss, {"text_encoder": "show-1-base/text_encoder"})
 
 
+def _saved_text_encoder() -> T5EncoderModel | None:
+    saved = MINI / "show-1-base" / "text_encoder"
+    if not saved.exists():
+        return None
+    encoder = T5EncoderModel.from_pretrained(saved, dtype=torch.float32)
+    if encoder.config.d_model != models.TEXT_WIDTH:
+        raise Show1Error(
+            f"{saved} holds weights of another configuration: it is {encoder.config.d_model} wide, not "
+            f"{models.TEXT_WIDTH}.",
+            "Remove it to start that stage from nothing.",
+        )
+    return encoder
+
+
 def reader(device: torch.device) -> Callable[[dict], torch.Tensor]:
     """Return what turns a batch's captions into the trained text encoder's states."""
     tokenizer = t5_tokenizer()
-    saved = MINI / "show-1-base" / "text_encoder"
-    if not saved.exists():
-        raise Show1Error(f"The text encoder is missing: {saved}", "Train it first: --stage text")
-    encoder = T5EncoderModel.from_pretrained(saved, dtype=torch.float32).requires_grad_(False).to(device)
+    encoder = _saved_text_encoder()
+    if encoder is None:
+        raise _missing(MINI / "show-1-base" / "text_encoder", "text")
+    encoder.requires_grad_(False).to(device)
     return lambda batch: _states(encoder, _tokens(tokenizer, batch))
+
+
+def _missing(folder: Path, stage: str) -> Show1Error:
+    return Show1Error(f"What an earlier stage has to train is missing: {folder}", f"Train it first: --stage {stage}")
 
 
 def pixel_stage(
@@ -177,16 +191,18 @@ def pixel_stage(
     device: torch.device,
     draw_levels: Callable[[int], torch.Tensor],
     steps: int = 1,
+    shared_noise: float = 0.0,
     **weights: float,
 ) -> Stage:
     """A UNet that predicts pixels; `steps` are those that its sample sheets are drawn in, `weights` velocity_loss's."""
     read = reader(device)
 
     def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
-        return velocity_loss(trained["unet"], read(batch), batch, draw_levels, **weights)
+        states = read(batch)
+        return velocity_loss(trained["unet"], states, batch, draw_levels, shared_noise=shared_noise, **weights)
 
     def sample(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
-        return draw(trained["unet"], read(batch), batch, steps, weights.get("shared_noise", 0.0))
+        return draw(trained["unet"], read(batch), batch, steps, shared_noise)
 
     return Stage({"unet": unet}, batches, loss, {"unet": folder}, sample=sample, muon=True)
 
@@ -195,7 +211,7 @@ def pictures_stage(device: torch.device) -> Stage:
     unet = models.picture_unet("keyframes")
     _start_from(unet, MINI / "show-1-base" / "unet")
     levels = around(0.0, 1.6)
-    return pixel_stage(unet, pictures, "../../training/runs/pictures", device, levels, steps=12)
+    return pixel_stage(unet, pictures, str(RUNS / "pictures"), device, levels, steps=12)
 
 
 def paths_stage(device: torch.device) -> Stage:
@@ -208,7 +224,7 @@ def paths_stage(device: torch.device) -> Stage:
     """
     unet = models.video_unet("keyframes")
     if not (RUNS / "pictures").exists():  # show_1/mini will not do: what has been taught would be taught on top of it
-        raise Show1Error(f"The picture UNet is missing: {RUNS / 'pictures'}", "Train it first: --stage pictures")
+        raise _missing(RUNS / "pictures", "pictures")
     _start_from(unet, RUNS / "pictures")
     unet.to(device).requires_grad_(False)
     read, frames = reader(device), len(KEYFRAME_TIMES)
@@ -380,8 +396,8 @@ def keyframes_stage(device: torch.device) -> Stage:
     # even of a true picture (a classifier of shapes names 95 % of true ones, and of those noised to level 420 and drawn
     # on from there it named 80 %, of drawn ones 68 %): pictures teach that.
     levels, shared = around(0.4, 1.6), Cascade.load("mini").keyframes.shared_noise
-    weights = {"movement_weight": 3, "shared_noise": shared}
-    stage = pixel_stage(unet, keyframe_clips, "show-1-base/unet", device, levels, steps=12, **weights)
+    how = {"steps": 12, "shared_noise": shared, "movement_weight": 3.0}
+    stage = pixel_stage(unet, keyframe_clips, "show-1-base/unet", device, levels, **how)
     return with_pictures(stage, "keyframes", device, around(-0.6, 1.0))
 
 
@@ -421,10 +437,9 @@ def pixel_upscale_stage(device: torch.device) -> Stage:
     _start_from(unet, MINI / "show-1-sr1" / "unet", MINI / "IF-II-L" / "unet")
     make = functools.partial(enlarged_windows, redrawn=_redrawn(device), first_frame=Upscale(device, "first_frame"))
     settings = Cascade.load("mini").pixel_upscale
-    levels, weights = of_sampler(settings.steps), {"edge_weight": 0.3}
-    shared = {"shared_noise": settings.shared_noise}
-    stage = pixel_stage(unet, make, "show-1-sr1/unet", device, levels, settings.steps, **weights, **shared)
-    return with_pictures(stage, "pixel_upscale", device, levels, **weights)
+    levels, how = of_sampler(settings.steps), {"steps": settings.steps, "shared_noise": settings.shared_noise}
+    stage = pixel_stage(unet, make, "show-1-sr1/unet", device, levels, **how, edge_weight=0.3)
+    return with_pictures(stage, "pixel_upscale", device, levels, edge_weight=0.3)
 
 
 def vae_stage(device: torch.device) -> Stage:
@@ -450,9 +465,10 @@ def vae_stage(device: torch.device) -> Stage:
 def latent_upscale_stage(device: torch.device) -> Stage:
     folder = MINI / "show-1-sr2"
     if not (folder / "vae").exists():
-        raise Show1Error(f"The autoencoder is missing: {folder / 'vae'}", "Train it first: --stage vae")
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).requires_grad_(False).to(device)
-    scaling, half = vae.config.scaling_factor, native_bfloat16(device)
+        raise _missing(folder / "vae", "vae")
+    vae = models.autoencoder().requires_grad_(False).to(device)
+    _start_from(vae, folder / "vae")
+    scaling, half = AutoencoderKL.load_config(folder / "vae")["scaling_factor"], native_bfloat16(device)
     shared = Cascade.load("mini").latent_upscale.shared_noise
     tokenizer = clip_tokenizer()
     trained = {"unet": models.video_unet("latent_upscale"), "text_encoder": models.latent_text_encoder(tokenizer)}
@@ -498,15 +514,15 @@ class Upscale:
 
     def __init__(self, device: torch.device, stage: str):
         self.device, self.stage, self.settings = device, stage, Cascade.load("mini").stream_settings(stage)
+        self.folder = MINI / {"first_frame": "IF-II-L", "pixel_upscale": "show-1-sr1"}[stage] / "unet"
+        if not self.folder.exists():
+            raise _missing(self.folder, stage)
 
     @functools.cached_property
     def loaded(self) -> tuple[nn.Module, Callable[[dict], torch.Tensor]]:
         with CPU:
-            if self.stage == "first_frame":
-                unet, folder = models.picture_unet("pixel_upscale"), "IF-II-L"
-            else:
-                unet, folder = models.video_unet("pixel_upscale"), "show-1-sr1"
-            _start_from(unet, MINI / folder / "unet")
+            unet = (models.picture_unet if self.stage == "first_frame" else models.video_unet)("pixel_upscale")
+            _start_from(unet, self.folder)
             return channels_last(unet.requires_grad_(False).to(self.device)), reader(self.device)
 
     def __call__(self, batch: dict) -> torch.Tensor:
@@ -516,10 +532,13 @@ class Upscale:
 
 
 def _redrawn(device: torch.device) -> Redrawn:
+    for folder, stage in (("show-1-base", "keyframes"), ("show-1-interpolation", "interpolation")):
+        if not (MINI / folder / "unet").exists():
+            raise _missing(MINI / folder / "unet", stage)
     dtype = torch.bfloat16 if native_bfloat16(device) else torch.float32
     # Drawing a clip takes a CPU as long as some updates of an upscaler; a GPU draws many in the time of one.
     fresh = 0.05 if device.type == "cpu" else 0.5
-    return Redrawn(MINI, device, dtype, picture_chances(), fresh)
+    return Redrawn(MINI, device, dtype, fresh)
 
 
 # Name → how to build it and its share of the time, in order: each may start from what those before it have saved.
@@ -535,6 +554,7 @@ STAGES: dict[str, tuple[Callable[[torch.device], Stage], float]] = {
     "vae": (vae_stage, 0.06),
     "latent_upscale": (latent_upscale_stage, 0.10),
 }
+ONE_UNET = ("pictures", "paths", "pairs", "keyframes")  # which train the same weights, one after the other
 
 
 def _start_from(model: nn.Module, *folders: Path) -> None:

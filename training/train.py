@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader
 from show_1.errors import Show1Error, exit_code
 from show_1.models import channels_last
 from show_1.models.attention import TextAttention
+from show_1.pipeline import check_device
 from training import models, stages, world
 from training.batches import Batches, painted_on
 
@@ -63,25 +64,14 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
     parameters = [parameter for model in stage.models.values() for parameter in model.parameters()]
     optimizers = optimizers_of(parameters, stage.muon)
     checkpoint = stages.RUNS / f"{name}.pt"
-    step, seconds = 0, 0.0
-    if checkpoint.exists():
-        try:
-            state = torch.load(checkpoint, weights_only=True, map_location=device)
-            for key in stage.models:
-                stage.models[key].load_state_dict(state["models"][key])
-                average[key].load_state_dict(state["average"][key])
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-            step, seconds = state["step"], state["seconds"]
-        except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
-            raise Show1Error(
-                f"{checkpoint} does not fit this stage: {str(error).splitlines()[0]}",
-                f"Remove it to start {name} from the weights in {stages.MINI}.",
-            ) from None
+    step, seconds = _resume(checkpoint, stage.models, average, optimizers)
     if seconds >= minutes * 60:
         if rank == 0:
             print(f"{name}: trained for {seconds / 60:.1f} minutes already")
         return
+    if rank == 0 and name in stages.ONE_UNET:  # the later ones' would bring back what they had before this
+        for later in stages.ONE_UNET[stages.ONE_UNET.index(name) + 1 :]:
+            (stages.RUNS / f"{later}.pt").unlink(missing_ok=True)
 
     torch.manual_seed(seed + step + 1_000_003 * rank)
     if device.type == "cpu":
@@ -110,29 +100,23 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
         now = time.monotonic()
         seconds, last = _meet(parameters, seconds + now - last), now
         done = seconds >= minutes * 60
-        if rank == 0 and (now - saved > 45 or done):
-            state = {
-                "models": {key: model.state_dict() for key, model in stage.models.items()},
-                "average": {key: model.state_dict() for key, model in average.items()},
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "step": step,
-                "seconds": seconds,
-            }
-            with _telling_what_cannot_be_saved(checkpoint):
-                _save(checkpoint, state)
-                with torch.no_grad():
-                    stage.finish(average)
-                for key, folder in stage.folders.items():
-                    _export(average[key], stages.MINI / folder)
-                entry = {"loss": round(torch.stack(losses).mean().item(), 5)}
+        if rank == 0 and (now - saved > 30 or done):
+            entry = {"loss": round(torch.stack(losses).mean().item(), 5)}
+            drawn = None
+            with torch.no_grad():
+                stage.finish(average)
                 if done or now - sheeted > 600:
                     entry["evaluation"] = round(stage.evaluate(average, device), 5)
-                    if stage.sample is not None:
-                        with torch.no_grad():
-                            sheet(stage.sample(average, batch), batch, stages.RUNS / "samples" / f"{name}.png")
+                    drawn = stage.sample(average, batch) if stage.sample is not None else None
                     sheeted = now
-            _log(stage=name, step=step, seconds=round(seconds), **entry)
-            losses, saved = [], time.monotonic()
+            with _telling_what_cannot_be_saved(checkpoint):
+                for key, folder in stage.folders.items():
+                    _export(average[key], stages.MINI / folder)
+                if drawn is not None:
+                    sheet(drawn, batch, stages.RUNS / "samples" / f"{name}.png")
+                _log(stage=name, step=step, seconds=round(seconds), **entry)
+                _save(checkpoint, step, seconds, stage.models, average, optimizers)  # last: then all of it is kept
+            losses, saved = [], now
         if done:
             break
     if distributed.is_initialized():
@@ -223,14 +207,47 @@ def _telling_what_cannot_be_saved(checkpoint: Path) -> Iterator[None]:
         ) from error
 
 
-def _save(path: Path, state: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
+Models = dict[str, nn.Module]
+Optimizers = list[torch.optim.Optimizer]
+
+
+def _save(
+    checkpoint: Path, step: int, seconds: float, trained: Models, average: Models, optimizers: Optimizers
+) -> None:
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    temporary = checkpoint.with_suffix(".part")
+    state = {
+        "models": {key: model.state_dict() for key, model in trained.items()},
+        "average": {key: model.state_dict() for key, model in average.items()},
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "step": step,
+        "seconds": seconds,
+    }
     try:
         torch.save(state, temporary)
-        os.replace(temporary, path)
+        os.replace(temporary, checkpoint)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _resume(checkpoint: Path, trained: Models, average: Models, optimizers: Optimizers) -> tuple[int, float]:
+    """Bring back what `_save` has saved; return the steps and the seconds of training so far."""
+    if not checkpoint.exists():
+        return 0, 0.0
+    try:
+        # On the CPU: what belongs on a GPU is copied there, and optimizers want their counts of steps here.
+        state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+        for key in trained:
+            trained[key].load_state_dict(state["models"][key])
+            average[key].load_state_dict(state["average"][key])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        return state["step"], state["seconds"]
+    except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise Show1Error(
+            f"{checkpoint} does not fit this stage: {str(error).splitlines()[0]}",
+            f"Remove it to start that stage from the weights in {stages.MINI}.",
+        ) from None
 
 
 def sheet(drawn: torch.Tensor, batch: dict, file: Path) -> None:
@@ -295,20 +312,21 @@ def main() -> None:
     parser.add_argument(
         "--rate", type=float, default=RATE, help="of learning at first; less suits weights that are good already"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="default: a new one at each start, so that it goes on with new scenes")
     parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu or cuda")
     parser.add_argument("--processes", type=int, help="default: four on a GPU, one a core on a CPU")
     arguments = parser.parse_args()
     if arguments.stage not in ("all", *stages.STAGES):
         parser.error(f"there is no stage {arguments.stage!r}; choose all or one of: {', '.join(stages.STAGES)}")
-    if arguments.device == "auto":
-        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(arguments.device)
+    device = check_device(None if arguments.device == "auto" else arguments.device)
+    if arguments.seed is None:
+        arguments.seed = int.from_bytes(os.urandom(3), "little")
     world.sprites()  # a missing font is said here, not by a worker
     processes = arguments.processes or (4 if device.type == "cuda" else os.cpu_count() or 1)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     _log(
         command=" ".join(["python -m training.train", *sys.argv[1:]]),
+        seed=arguments.seed,
         device=f"{name}, {processes} processes",
         versions={"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()},
     )

@@ -57,6 +57,9 @@ class Place:
     phrases: str  # where: "in the snow"
     settings: str  # what one sees: "snowy field"
 
+    def words(self) -> list[str]:
+        return f"{self.phrases}, {self.settings}".split(", ")
+
 
 @dataclass(frozen=True)
 class Motion:
@@ -644,9 +647,10 @@ def caption(rng: np.random.Generator, objects: tuple[str, ...], place: str, moti
     )
 
 
-def plain_caption(object: str, place: str, motion: str) -> str:
-    """The caption of canonical names: "a panda jumping in the snow"."""
-    return f"{with_article(object)} {motion} {place}"
+def plain_caption(objects: str | tuple[str, ...], place: str, motion: str) -> str:
+    """The caption of canonical names: "a panda jumping in the snow", "a cat and an owl jumping in the snow"."""
+    names = (objects,) if isinstance(objects, str) else objects
+    return f"{' and '.join(map(with_article, names))} {motion} {place}"
 
 
 def vocabulary() -> set[str]:
@@ -662,18 +666,15 @@ def held_out(object: str, place: str, motion: str) -> bool:
     return zlib.crc32(f"{object}|{place}|{motion}".encode()) % 10 == 0
 
 
-def sample(
-    rng: np.random.Generator, *, train: bool = True, pairs: float = 0.4, chances: np.ndarray | None = None
-) -> Scene:
+def sample(rng: np.random.Generator, *, train: bool = True, pairs: float = 0.4) -> Scene:
     """A random scene: never of a held-out combination, or with train=False only of those, with plain captions.
 
-    `pairs` is the share of scenes of two objects in training; `chances`, (objects,) in all 1, are how likely each
-    object is, all alike by default.
+    `pairs` is the share of scenes of two objects in training.
     """
     names, places, motions = list(OBJECTS), list(PLACES), list(MOTIONS)
     while True:
         count = 2 if train and rng.random() < pairs else 1
-        objects = tuple(names[k] for k in rng.choice(len(names), count, replace=False, p=chances))
+        objects = tuple(names[k] for k in rng.choice(len(names), count, replace=False))
         place, motion = places[rng.integers(len(places))], motions[rng.integers(len(motions))]
         kept = [held_out(name, place, motion) for name in objects]
         if (train and not any(kept)) or (not train and all(kept)):
