@@ -44,7 +44,11 @@ const show1 = {
         }
     },
 
-    parsed: html => new DOMParser().parseFromString(html, 'text/html').body.firstChild,
+    parsed(html) {
+        const template = document.createElement('template');  // lighter than a document
+        template.innerHTML = html;
+        return template.content.firstChild;
+    },
 
     // Makes a node what another is, in place: what stays plays on, keeps the focus, and is not read out again.
     // What the browser or this page has added stays, too: details that were opened, a video under the pointer.
