@@ -78,9 +78,9 @@ def test_two_visitors_take_turns_and_their_jobs_outlive_a_server_that_is_killed(
 
 @needs_chromium
 def test_another_preset_is_chosen_before_and_after(tiny_cascade, one_step_cascade, tmp_path, browser, request):
-    before = one_step_cascade.read_text()
-    request.addfinalizer(lambda: one_step_cascade.write_text(before))  # the other tests' too
-    one_step_cascade.write_text(before.replace('"Tiny"', '"One step"'))
+    toml = one_step_cascade.read_text()
+    request.addfinalizer(lambda: one_step_cascade.write_text(toml))  # other tests have it, too
+    one_step_cascade.write_text(toml.replace('"Tiny"', '"One step"'))
     with serve(tiny_cascade, tmp_path) as server:
         page = visit(browser, server)
         page.get_by_role("button", name="Advanced").click()
