@@ -141,7 +141,7 @@ class FirstFrame:
     noise_level: NoiseLevel
 
     def __post_init__(self):
-        if self.schedule is not None and self.schedule.lstrip("abcdefghijklmnopqrstuvwxyz") != str(self.steps):
+        if self.schedule is not None and re.sub(r"\D", "", self.schedule) != str(self.steps):
             raise ValueError(
                 f"schedule = {_shown(self.schedule)} does not have steps = {self.steps} steps.",
                 "Give steps the number at the end of the schedule's name, or leave the schedule out.",

@@ -75,7 +75,7 @@ class Repository:
     def scheduler(self, component: str) -> SchedulerMixin:
         try:
             scheduler = load_scheduler(self.folder / component)
-            if component.endswith("image_noising_scheduler") and not isinstance(scheduler, DDPMScheduler):
+            if component == "image_noising_scheduler" and not isinstance(scheduler, DDPMScheduler):
                 raise ValueError("what adds noise to an image is a DDPMScheduler")  # others count levels otherwise
             return scheduler
         except Exception as error:  # whatever values that are none make the library raise
