@@ -91,7 +91,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         share=arguments.share,
         auth=auth,
         server_name=arguments.server_name,
-        server_port=arguments.port,
+        server_port=arguments.port or None,
         allowed_paths=[str(outputs / "jobs")],  # and nothing else that the output folder may hold
         max_file_size="100mb",
         run_history=False,  # the gallery is ours, and one visitor's

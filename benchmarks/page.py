@@ -179,7 +179,7 @@ def _on_the_page(page: Page, seed: int, folder: Path) -> float:
         arg=job,
     )
     # What is done beside must not run into the other way's time.
-    page.locator(f"#downloads a[href*='{job}/video.gif']").wait_for()
+    page.locator(f"#downloads a[href*='{job}'][href$='.gif']").wait_for()
     return json.loads(record.read_text())["seconds"]
 
 

@@ -191,8 +191,9 @@ class Jobs:
                 f"Give at most {MAX_PROMPT:,}; the models read about the first 60 words.",
             )
         check_request(prompt, seed, None)
-        preset = preset or next(iter(self.presets))
-        cascade = self.changed_cascade(preset, changes or {})
+        preset = next(iter(self.presets)) if preset is None else preset
+        changes = {} if changes is None else changes
+        cascade = self.changed_cascade(preset, changes)
         self._check_room()
         name = f"{video.slug(prompt)}-{secrets.token_hex(6)}.mp4"
         try:
@@ -209,7 +210,7 @@ class Jobs:
             prompt=prompt,
             seed=draw_seed() if seed is None else seed,
             preset=preset,
-            changes=changes or {},
+            changes=changes,
             file=name,
             called=bool(caller),
             caller=caller,
@@ -291,6 +292,10 @@ class Jobs:
         """Return the finished video, in the job's folder, unless somebody has removed it since."""
         there = job.state in (DONE, STOPPED) and (self.folder / job.file).is_file()
         return self.place(job) / job.file if there and (self.place(job) / job.file).is_file() else None
+
+    def gif(self, job: Job) -> Path:
+        """Return where the finished video's GIF is, or will be: a browser saves it by that name."""
+        return self.place(job) / Path(job.file).with_suffix(".gif")
 
     def engine_of(self, job: Job) -> Engine:
         return self.engine_for(job.preset)
@@ -498,7 +503,7 @@ class Jobs:
                 poster = Image.fromarray(frames[len(frames) // 2 // apart * apart])
                 poster.thumbnail((480, 480))
                 write_atomically(self.place(job) / "poster.webp", _encoded(poster, "WEBP"))
-                video.write_gif(self.place(job) / "video.gif", result)
+                video.write_gif(self.gif(job), result)
         except (Show1Error, OSError) as error:
             log.warning("No GIF: %s", error)
         with self._changed:
@@ -578,7 +583,7 @@ class Jobs:
         for job in sorted(found, key=lambda job: job.created):
             if not job.ended:
                 self._take_up(job)
-            elif self.result(job) and not (self.place(job) / "video.gif").is_file():
+            elif self.result(job) and not self.gif(job).is_file():
                 self._beside.submit(self._after, job)
             self._jobs[job.id] = job
 

@@ -403,7 +403,7 @@ def check_request(prompt: str, seed: int | None, path: str | Path | None) -> Non
             "The prompt holds half a character, as of an emoji cut in two.", "Write it again without that."
         )
     if seed is not None and (type(seed) is not int or not 0 <= seed <= MAX_SEED):
-        raise Show1Error(f"The seed cannot be {seed!r}.", f"Give a whole number from 0 to {MAX_SEED}.")
+        raise Show1Error(f"The seed cannot be {repr(seed)[:60]}.", f"Give a whole number from 0 to {MAX_SEED}.")
     if path is not None:
         video.check_writable(path)
 

@@ -1,6 +1,7 @@
 """The page, as people use it: one server and its visitors; see serving."""
 
 import asyncio
+import base64
 import json
 import re
 import time
@@ -86,6 +87,7 @@ def test_a_prompt_becomes_a_video_that_plays(main_app, browser):
     for name, beginning in (("Download MP4", file.read_bytes()), ("Download GIF", b"GIF8")):
         with page.expect_download() as download:
             page.get_by_role("link", name=name).click()
+        assert Path(download.value.suggested_filename).stem == file.stem
         assert Path(download.value.path()).read_bytes().startswith(beginning)
     press(page, "Reuse")
     expect(page.get_by_label("Seed", exact=True)).to_have_value(str(settings["seed"]))
@@ -137,11 +139,12 @@ def test_a_job_outlives_its_page(app, browser):
 
     # A dropped connection leaves the page as it was; it goes on by itself.
     mine.set_offline(True)
-    page.wait_for_timeout(2000)
+    expect(page.get_by_role("alert")).to_contain_text("The server does not answer.")
     expect(page.get_by_test_id("toast-body")).to_have_count(0)
     seen = step_of(page)
     mine.set_offline(False)
     wait_for_step(page, seen + 1)
+    expect(page.get_by_role("alert")).to_have_count(0)
     page.close()
 
     # In a new tab it is found without its id, in another browser with it; there it can be watched and no more.
@@ -157,6 +160,22 @@ def test_a_job_outlives_its_page(app, browser):
     wait_for(other, "Cancelled")
     expect(visit(yours, app, "/?job=nosuchjob").locator("#status")).to_contain_text("There is no such job here")
     mine.close(), yours.close()
+
+
+@needs_chromium
+def test_tabs_that_are_opened_together_are_one_visitor(app, browser):
+    context = browser.new_context()
+    one, other = context.new_page(), context.new_page()
+    for page in (one, other):
+        page.set_default_timeout(PATIENCE * 1000)
+        page.goto(app.url, wait_until="commit")
+    for page, prompt in ((one, "a cat"), (other, "a dog")):
+        wait_for(page, "Ready")
+        ask(page, prompt)
+        wait_for(page, "Done")
+    for page in (one, other):
+        expect(page.locator("#gallery img")).to_have_count(2)
+    context.close()
 
 
 @needs_chromium
@@ -274,11 +293,19 @@ def test_nothing_is_served_but_what_belongs_to_a_job(app):
 @needs_chromium
 def test_a_dropped_video_brings_its_settings_back(app, browser, tmp_path):
     page = visit(browser, app)
-    page.get_by_role("button", name="Settings from a video").click()
     made = Client(app.url, verbose=False, download_files=tmp_path).predict(
         "a dog", seed="42", settings={"keyframes": {"steps": 2}}, api_name="/show-1"
     )[0]
-    page.locator("#drop input[type=file]").set_input_files(made)
+    # Dropped beside the place for it, which is folded in.
+    assert page.evaluate(
+        """content => {
+            const dropped = new DataTransfer(), bytes = Uint8Array.from(atob(content), each => each.charCodeAt(0));
+            dropped.items.add(new File([bytes], 'made.mp4', {type: 'video/mp4'}));
+            const dragged = kind => new DragEvent(kind, {dataTransfer: dropped, bubbles: true, cancelable: true});
+            return ['dragover', 'drop'].every(kind => !document.querySelector('#screen').dispatchEvent(dragged(kind)));
+        }""",
+        base64.b64encode(Path(made).read_bytes()).decode(),
+    )
     expect(page.locator("#told")).to_contain_text("the same frames can be expected here")
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a dog")
     expect(page.get_by_label("Seed", exact=True)).to_have_value("42")
@@ -346,7 +373,11 @@ def test_the_page_fits_a_phone(app, browser, colors):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     for control in (page.get_by_label("Prompt", exact=True), page.get_by_role("button", name="Make the video")):
         assert control.bounding_box()["width"] >= 300
-    ask(page, "a cat")
+    folded = page.get_by_role("button", name="Advanced", exact=True)
+    expect(folded).to_have_attribute("aria-expanded", "false")
+    ask(page, "a cat", keyframes="2")
+    expect(folded).to_have_attribute("aria-expanded", "true")
+    expect(page.get_by_role("group", name="Preset")).to_be_visible()
     wait_for(page, "Done")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     unnamed = """() => [...document.querySelectorAll('button, a, input, textarea, progress, video, img')]
@@ -370,11 +401,18 @@ def test_the_gradio_client(app, tmp_path):
         ("a cat", {"keyframes": {"steps": 0}}, "steps cannot be 0"),
         ("a cat", {"keyframes": {"steps": 10_000}}, "steps cannot be 10000"),
         ("a cat", [1], "no table of stages"),
+        ("a cat", [], "no table of stages"),
+        ("a cat", 0, "no table of stages"),
+        (["a cat"], None, "no text"),
+        (7, None, "no text"),
     ):
         with pytest.raises(AppError, match=words):
             client.predict(prompt, settings=settings, api_name="/show-1")
     with pytest.raises(AppError, match="no preset 'best' here"):
         client.predict("a cat", preset="best", api_name="/show-1")
+    for seed in ([1], True, 1.0, {}):
+        with pytest.raises(AppError, match="The seed cannot be"):
+            client.predict("a cat", seed=seed, api_name="/show-1")
 
     # Who cancels makes room.
     running = client.submit("a cat", settings={stage: {"steps": 900} for stage in LONG}, api_name="/show-1")

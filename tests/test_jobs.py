@@ -16,7 +16,7 @@ from show_1 import jobs as jobs_module
 from show_1.cascade import STAGES
 from show_1.jobs import CANCELLED, DONE, FAILED, RUNNING, STOPPED, WAITING, Jobs, duration, enlarge
 from show_1.models import UNet3DConditionModel
-from show_1.page import views
+from show_1.page import form, views
 from show_1.pipeline import Clip, Show1Pipeline, StageStart, StepDone, Video
 from show_1.timing import PHASES, RELATIVE, Calibration, Cost, Forecast, stage_steps
 
@@ -69,9 +69,9 @@ def test_a_job_leaves_a_video_clips_a_gif_and_a_record(jobs, tmp_path):
     for stage, frames in (("keyframes", 3), ("interpolation", 9), ("pixel_upscale", 9)):
         file = jobs.place(job) / job.clips[stage]
         assert len(video.read_frames(file)) == frames
-    until((jobs.place(job) / "video.gif").is_file)
+    until(jobs.gif(job).is_file)
     assert (jobs.place(job) / "poster.webp").is_file()
-    assert (jobs.place(job) / "video.gif").read_bytes().startswith(b"GIF8")
+    assert jobs.gif(job).read_bytes().startswith(b"GIF8")
     until(lambda: not list(tmp_path.rglob("*.part")))  # the record is written once more at the end
 
 
@@ -532,3 +532,9 @@ def test_a_job_with_settings_of_its_own_still_names_the_words_that_mini_does_not
     for changes in ({}, {"keyframes": {"steps": 2}}):
         job = jobs.submit("me", "a cute panda", changes=changes)
         assert job.cascade.unknown_words(job.prompt) == ["cute"]
+
+
+def test_settings_are_written_into_the_form_as_it_reads_them():
+    changes = {"keyframes": {"guidance": 1.5}, "latent_upscale": {"steps": 3, "negative_prompt": ""}}
+    assert form.changes(tuple(form.texts(changes))) == changes
+    assert not any(form.texts({}))

@@ -77,7 +77,7 @@ def add_endpoint(jobs: Jobs) -> None:
         assistant = request.headers.get("x-assistant")
         try:
             with form.told():
-                asked = prompt, form.seed(seed), settings, preset or None
+                asked = prompt, form.seed(seed), settings, None if preset == "" else preset
                 job = await asyncio.to_thread(jobs.submit, visitor, *asked, caller=request.client.host)
             changed = told_at = None
             while not job.ended:
@@ -101,14 +101,12 @@ def add_endpoint(jobs: Jobs) -> None:
         show_1.__doc__ = show_1.__doc__.replace(word, ", ".join(names))
     changes = gr.JSON(label="Settings", visible=False)
     changes.api_info = lambda: {"type": "object", "description": "changes to the stages"}  # Gradio's is no JSON schema
+    texts = [gr.Textbox(label=label, visible=False) for label in ("Prompt", "Seed", "Preset")]
+    for text in texts:
+        text.preprocess = lambda given: given  # Gradio would make a text of a list, and a prompt of that
     gr.Button(visible=False).click(
         show_1,
-        [
-            gr.Textbox(label="Prompt", visible=False),
-            gr.Textbox(label="Seed", visible=False),
-            changes,
-            gr.Textbox(label="Preset", visible=False),
-        ],
+        [*texts[:2], changes, texts[2]],
         [
             gr.Video(label="Video", visible=False),
             gr.Textbox(label="Seed", visible=False),

@@ -11,6 +11,7 @@ from show_1.errors import Show1Error
 from show_1.jobs import CHANGEABLE, Jobs
 from show_1.pipeline import MAX_SEED
 
+NONE = "none"  # an empty negative prompt: nothing in its box leaves it as it is
 log = logging.getLogger("show-1")
 
 
@@ -27,7 +28,7 @@ def fields() -> list[gr.Textbox]:
 
 def placeholders(cascade: Cascade) -> list[str]:
     """Return what `fields` show where nothing is typed: the settings of a preset."""
-    return [str(getattr(getattr(cascade, stage), key)) or "none" for stage, keys in CHANGEABLE.items() for key in keys]
+    return [str(getattr(getattr(cascade, stage), key)) or NONE for stage, keys in CHANGEABLE.items() for key in keys]
 
 
 def changes(texts: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -37,13 +38,18 @@ def changes(texts: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     for stage, keys in CHANGEABLE.items():
         for key in keys:
             if text := (next(texts) or "").strip():
-                found.setdefault(stage, {})[key] = text if key == "negative_prompt" else _number(text)
+                value = ("" if text == NONE else text) if key == "negative_prompt" else _number(text)
+                found.setdefault(stage, {})[key] = value
     return found
 
 
 def texts(changes: dict[str, dict[str, Any]]) -> list[str]:
     """Return what `changes` would read as these."""
-    return [str(changes.get(stage, {}).get(key, "")) for stage, keys in CHANGEABLE.items() for key in keys]
+    return [
+        str(changes[stage][key]) or NONE if key in changes.get(stage, {}) else ""
+        for stage, keys in CHANGEABLE.items()
+        for key in keys
+    ]
 
 
 def fitting(jobs: Jobs, settings: dict[str, Any]) -> tuple[str, dict[str, dict[str, Any]], Cascade]:
@@ -61,13 +67,16 @@ def fitting(jobs: Jobs, settings: dict[str, Any]) -> tuple[str, dict[str, dict[s
     return preset, found, jobs.changed_cascade(preset, found)
 
 
-def seed(text: str | None) -> int | None:
-    try:
-        return int(text) if text and text.strip() else None
-    except ValueError:
-        raise Show1Error(
-            f"The seed cannot be {short(repr(text), 60)}.", f"Give a whole number from 0 to {MAX_SEED}."
-        ) from None
+def seed(asked: str | int | None) -> int | None:
+    """Return a seed as a number, None for a new one, of what was typed, or given by a program."""
+    if isinstance(asked, str):
+        try:
+            return int(asked) if asked.strip() else None
+        except ValueError:
+            pass
+    elif asked is None or type(asked) is int:
+        return asked
+    raise Show1Error(f"The seed cannot be {short(repr(asked), 60)}.", f"Give a whole number from 0 to {MAX_SEED}.")
 
 
 def words(name: str) -> str:

@@ -1,7 +1,6 @@
 """The page's layout and what its controls do."""
 
 import asyncio
-import secrets
 import time
 import zlib
 from pathlib import Path
@@ -32,8 +31,9 @@ STYLE = {  # for `gr.Blocks.launch`
 }
 
 # The address of the page says which job it shows. So a reload, the back button and another browser all find it.
-WITH_JOB = "(job, ...others) => [show1.job(), ...others]"
-GO_TO_JOB = "(job, visitor) => show1.goTo(job, visitor)"
+WITH_JOB = "(job, visitor, ...others) => [show1.job(), show1.visitor(), ...others]"
+JOB = "() => [show1.job()]"
+GO_TO_JOB = "job => show1.goTo(job)"
 
 
 def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
@@ -41,31 +41,27 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
     names = [(preset.name, name) for name, preset in jobs.presets.items()]
     default = names[0][1]
 
-    def submit(job: str, visitor: str | None, prompt: str, seed: str, preset: str, *advanced: str):
-        visitor = visitor or _new_visitor()
+    def submit(id: str, visitor: str, prompt: str, seed: str, preset: str, *advanced: str) -> str:
         with form.told():
-            made = jobs.submit(visitor, prompt or "", form.seed(seed), form.changes(advanced), preset)
-            return made.id, visitor
+            return jobs.submit(visitor, prompt or "", form.seed(seed), form.changes(advanced), preset).id
 
-    def again(id: str, visitor: str | None):
-        visitor = visitor or _new_visitor()
+    def again(id: str, visitor: str) -> str:
         with form.told():
             job = _known(jobs, id)
-            return jobs.submit(visitor, job.prompt, None, job.changes, job.preset).id, visitor
+            return jobs.submit(visitor, job.prompt, None, job.changes, job.preset).id
 
-    def again_with(id: str, visitor: str | None, preset: str):
-        visitor = visitor or _new_visitor()
+    def again_with(id: str, visitor: str, preset: str) -> str:
         with form.told():
             job = _known(jobs, id)
-            return jobs.submit(visitor, job.prompt, job.seed, None, preset).id, visitor
+            return jobs.submit(visitor, job.prompt, job.seed, None, preset).id
 
-    def cancel(id: str, visitor: str | None) -> None:
+    def cancel(id: str, visitor: str) -> None:
         with form.told():
-            jobs.cancel(visitor or "", _known(jobs, id))
+            jobs.cancel(visitor, _known(jobs, id))
 
-    def stop(id: str, visitor: str | None) -> None:
+    def stop(id: str, visitor: str) -> None:
         with form.told():
-            jobs.stop(visitor or "", _known(jobs, id))
+            jobs.stop(visitor, _known(jobs, id))
 
     def reuse(id: str):
         with form.told():
@@ -101,11 +97,10 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
             line += f" It was stopped after the {form.words(str(stage))}: stop there to get the same clip."
         return None, settings["prompt"], str(settings["seed"]), preset, *form.texts(changes), views.line(line)
 
-    def enter(id: str, visitor: str | None):
-        """Give a new visitor a secret; show the job that a visitor has at work, where the address names none."""
-        visitor = visitor if isinstance(visitor, str) and len(visitor) > 20 else _new_visitor()
+    def enter(id: str, visitor: str) -> str:
+        """Show the job that a visitor has at work, where the address names none."""
         at_work = [job.id for job in jobs.of(visitor) if not job.ended]
-        return visitor, "" if id else (at_work or [""])[-1]
+        return "" if id else (at_work or [""])[-1]
 
     async def look(asked: dict[str, Any]) -> dict[str, Any]:
         """Tell a page what of it has changed, when there is news of its job or after a while; page.js asks.
@@ -126,8 +121,8 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
     with gr.Blocks(title="Show-1: text to video", delete_cache=(86_400, 86_400)) as page:
         _html(views.header(jobs.engine.cascade, jobs.engine.device), elem_id="header")
         _part("banner", js_on_load="show1.begin(server)", server_functions=[look])
-        visitor = gr.BrowserState(storage_key="show-1-visitor", secret="show-1")  # a fixed one outlives a restart
-        shown, new_job = gr.Textbox(visible=False), gr.Textbox(visible=False)
+        _part("away")
+        shown, visitor, new_job = (gr.Textbox(visible=False) for _ in range(3))  # the first two as WITH_JOB fills them
         with gr.Row(elem_id="main"):
             with gr.Column(scale=2, min_width=320, elem_id="form"):
                 prompt = gr.Textbox(
@@ -152,7 +147,7 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
                     fields = form.fields()
                 for box, text in zip(fields, form.placeholders(jobs.engine.cascade), strict=True):
                     box.placeholder = text
-                with gr.Accordion("Settings from a video", open=False):
+                with gr.Accordion("Settings from a video", open=False, elem_id="restore"):
                     dropped = gr.File(
                         label="Drop an MP4 that was made here", file_types=[".mp4"], height=140, elem_id="drop"
                     )
@@ -184,26 +179,22 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
 
         private = {"api_visibility": "private", "show_progress": "hidden"}
         at_once = private | {"queue": False}  # where errors are not told
-        page.load(enter, [shown, visitor], [visitor, new_job], js=WITH_JOB, **at_once).then(
-            None, [new_job, visitor], js=GO_TO_JOB, **private
-        )
+        page.load(enter, [shown, visitor], new_job, js=WITH_JOB, **at_once).then(None, new_job, js=GO_TO_JOB, **private)
         ways = [submit_button.click, prompt.submit, seed.submit, *(field.submit for field in fields)]
         for asked, act, inputs in (
             (ways, submit, [shown, visitor, prompt, seed, preset, *fields]),
             ([again_button.click], again, [shown, visitor]),
             ([again_with_button.click], again_with, [shown, visitor, other_preset]),
         ):
-            gr.on(asked, act, inputs, [new_job, visitor], js=WITH_JOB, **private).success(
-                None, [new_job, visitor], js=GO_TO_JOB, **private
-            )
+            gr.on(asked, act, inputs, new_job, js=WITH_JOB, **private).success(None, new_job, js=GO_TO_JOB, **private)
         cancel_button.click(cancel, [shown, visitor], js=WITH_JOB, **private)
         stop_button.click(stop, [shown, visitor], js=WITH_JOB, **private)
         notify_button.click(None, js="() => show1.askToNotify()", **private)
         offer_button.click(lambda: "mini", outputs=preset, **at_once)
         preset.change(choose, preset, [examples, *fields], **at_once)
         random_seed.click(lambda: str(draw_seed()), outputs=seed, **at_once)
-        same_seed.click(reuse_seed, shown, seed, js=WITH_JOB, **private)
-        reuse_button.click(reuse, shown, [prompt, seed, preset, *fields], js=WITH_JOB, **private)
+        same_seed.click(reuse_seed, shown, seed, js=JOB, **private)
+        reuse_button.click(reuse, shown, [prompt, seed, preset, *fields], js=JOB, **private)
         dropped.upload(restore, dropped, [dropped, prompt, seed, preset, *fields, told], **private)
 
         add_endpoint(jobs)
@@ -225,10 +216,6 @@ def _part(name: str, **settings: Any) -> None:
 def _news(id: str, job: Job | None) -> list:
     """Return what a visitor wants to hear of at once; steps and times are no news."""
     return [id, *((job.state, job.stage, job.wish, len(job.clips), len(job.notices)) if job else ())]
-
-
-def _new_visitor() -> str:
-    return secrets.token_urlsafe(24)
 
 
 def _known(jobs: Jobs, id: str) -> Job:

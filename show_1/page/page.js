@@ -3,8 +3,18 @@
 const show1 = {
     job: () => new URLSearchParams(location.search).get('job') || '',
 
-    goTo(job, visitor) {
-        show1.visitor = visitor;
+    // The browser's secret, by which its jobs are its own. Read each time: tabs that are opened together have to agree.
+    visitor() {
+        const drawn = () => btoa(String.fromCharCode(...crypto.getRandomValues(new Uint8Array(24))));
+        try {
+            if (!localStorage.show1Visitor) localStorage.show1Visitor = drawn();
+            return localStorage.show1Visitor;
+        } catch {
+            return show1.secret ||= drawn();  // nothing may be kept here: then for as long as the page is open
+        }
+    },
+
+    goTo(job) {
         if (job) {
             history.pushState(null, '', '?job=' + job);
             document.querySelector('#screen').scrollIntoView({ behavior: 'smooth', block: 'nearest' });
@@ -16,9 +26,10 @@ const show1 = {
     async begin(server) {
         const begun = show1.server;
         show1.server = server;
-        while (!begun) {
-            if (!await show1.look(show1.news))
-                await new Promise(done => setTimeout(done, 1000));  // it is away: it may come back
+        for (let missed = 0; !begun;) {
+            missed = await show1.look(show1.news) ? 0 : missed + 1;
+            show1.tellAway(missed > 1);
+            if (missed) await new Promise(done => setTimeout(done, 1000));
         }
     },
 
@@ -28,7 +39,7 @@ const show1 = {
         const job = show1.job(), shown = [...document.querySelectorAll('[data-mark]')];
         const marks = Object.fromEntries(shown.map(({ id, dataset }) => [id, dataset.mark]));
         try {
-            const told = await show1.server.look({ job, visitor: show1.visitor || '', news: news || [], marks });
+            const told = await show1.server.look({ job, visitor: show1.visitor(), news: news || [], marks });
             if (job !== show1.job()) return true;  // the page has gone on meanwhile
             show1.news = told.news;
             for (const [part, [mark, content]] of Object.entries(told.parts)) {
@@ -38,6 +49,7 @@ const show1 = {
                 place.dataset.mark = mark;
             }
             show1.tell();
+            show1.describe();
             return true;
         } catch {
             return false;
@@ -99,6 +111,34 @@ const show1 = {
         show1.told = show1.job();
     },
 
+    tellAway(away) {
+        const place = document.querySelector('#away .part');
+        if (away !== Boolean(place.textContent))
+            place.innerHTML = away ? '<p class="notice" role="alert">The server does not answer. This page goes on '
+                + 'asking, and shows how things are once it is back.</p>' : '';
+    },
+
+    // What Gradio does not tell screen readers (6.31).
+    describe() {
+        for (const head of document.querySelectorAll('.label-wrap')) {
+            head.ariaExpanded = head.nextElementSibling.style.display !== 'none';
+            head.querySelector('.icon').ariaHidden = 'true';
+        }
+        document.querySelector('#preset')?.setAttribute('aria-label', 'Preset');
+    },
+
+    // Puts a file where settings are read from it; what is folded in is drawn only once it has been open.
+    async restore(file) {
+        const place = document.querySelector('#restore'), given = new DataTransfer();
+        given.items.add(file);
+        if (!place.querySelector('#drop')) place.querySelector('.label-wrap').click();
+        let input;
+        while (!(input = place.querySelector('#drop input[type=file]')))
+            await new Promise(done => setTimeout(done, 50));
+        input.files = given.files;
+        input.dispatchEvent(new Event('change', { bubbles: true }));
+    },
+
     copy(button) {
         const text = button.parentElement.querySelector('pre');
         getSelection().selectAllChildren(text);
@@ -126,6 +166,17 @@ document.addEventListener('click', event => {
         show1.look();
         window.scrollTo({ top: 0, behavior: 'smooth' });
     }
+});
+document.addEventListener('click', () => setTimeout(show1.describe));
+// A video may be dropped anywhere: the browser would leave the page for it.
+document.addEventListener('dragover', event => {
+    if (event.dataTransfer.types.includes('Files')) event.preventDefault();
+});
+document.addEventListener('drop', event => {
+    const [file] = event.dataTransfer.files;
+    if (!file || event.target.closest('#drop')) return;  // there Gradio takes it
+    event.preventDefault();
+    show1.restore(file);
 });
 // Clips and the gallery's videos play while they are pointed at.
 document.addEventListener('mouseover', event => {

@@ -217,11 +217,10 @@ def _row(name: str, state: str, share: float, told: str) -> str:
 def _downloads(jobs: Jobs, job: Job | None, result: Path | None) -> str:
     if not result:
         return ""
-    gif = jobs.place(job) / "video.gif"
+    gif = jobs.gif(job)
     links = [f'<a class="button" href="{_url(result)}" download="{_text(result.name)}">Download MP4</a>']
     if gif.is_file():
-        name = result.with_suffix(".gif").name
-        links.append(f'<a class="button" href="{_url(gif)}" download="{_text(name)}">Download GIF</a>')
+        links.append(f'<a class="button" href="{_url(gif)}" download="{_text(gif.name)}">Download GIF</a>')
     return f'<div class="downloads">{"".join(links)}</div>'
 
 
