@@ -363,6 +363,26 @@ def test_other_schedulers_run(pipeline, scheduler):
     assert keyframes(keyframes.encode(tiny.PROMPT), **settings).isfinite().all()
 
 
+def test_timesteps_that_repeat_are_walked_from_the_first(pipeline, result, monkeypatch):
+    """Of ten sigmas spaced as Karras does, the four largest lie at the same whole timestep."""
+    keyframes, latent = copy.copy(pipeline.keyframes), copy.copy(pipeline.latent_upscale)
+    scheduler = DPMSolverMultistepScheduler.from_config(keyframes.scheduler.config, use_karras_sigmas=True)
+    keyframes.scheduler = latent.scheduler = scheduler
+    settings = pipeline.cascade.stream_settings("keyframes") | {"steps": 10, "seed": 1}
+    assert keyframes(keyframes.encode(tiny.PROMPT), **settings).isfinite().all()
+
+    begun, add_noise = [], DPMSolverMultistepScheduler.add_noise
+
+    def spy(scheduler, *args):
+        begun.append(scheduler.begin_index)
+        return add_noise(scheduler, *args)
+
+    monkeypatch.setattr(DPMSolverMultistepScheduler, "add_noise", spy)
+    settings = pipeline.cascade.stream_settings("latent_upscale") | {"steps": 10, "strength": 0.8, "seed": 1}
+    latent(latent.encode(tiny.PROMPT, ""), result.tensors["pixel_upscaled"][:, :, :1], **settings)
+    assert begun == [2]
+
+
 def test_a_full_gpu_is_told(pipeline, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

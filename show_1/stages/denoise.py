@@ -103,6 +103,15 @@ def prepare(scheduler: SchedulerMixin, steps: int, device: torch.device, schedul
     return scheduler
 
 
+def begin(scheduler: SchedulerMixin, timesteps: torch.Tensor) -> None:
+    """Let the scheduler begin at the first of `timesteps`, its last ones.
+
+    By itself it would look for that number, and where several sigmas have the same one, as Karras' do, take the second.
+    """
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(len(scheduler.timesteps) - len(timesteps))
+
+
 def denoise(
     unet: torch.nn.Module,
     scheduler: SchedulerMixin,
@@ -121,11 +130,11 @@ def denoise(
     """Yield every step from noise to a sample and return the sample, of `sample`'s shape.
 
     `sample` is (batch, channels, frames, height, width), or (batch, channels, height, width) for an image model;
-    `condition` is set behind its channels before each call; `scheduler` comes from `prepare` and walks `timesteps`, by
-    default all of its own. In half precision only the UNet is: sample and scheduler, and so what is returned, are in
-    float32. `guidance` is the scale of classifier-free guidance (Ho and Salimans, arXiv 2207.12598): 1
-    means none and costs half. `rows` is as in `Stage`. Where `text` is of several prompts, each has as many rows of
-    `sample`, in their order. What the scheduler draws for a row comes from its generator in `generators`.
+    `condition` is set behind its channels before each call; `scheduler` comes from `prepare` and walks `timesteps`, the
+    last of its own, by default all. In half precision only the UNet is: sample and scheduler, and so what is returned,
+    are in float32. `guidance` is the scale of classifier-free guidance (Ho and Salimans, arXiv 2207.12598): 1 means
+    none and costs half. `rows` is as in `Stage`. Where `text` is of several prompts, each has as many rows of `sample`,
+    in their order. What the scheduler draws for a row comes from its generator in `generators`.
 
     Two measures trade exactness for speed: guidance only at the timesteps from the first to the second of
     `guidance_interval` (arXiv 2404.07724); the UNet's deep features computed at every `reuse`-th step only and reused
@@ -133,11 +142,12 @@ def denoise(
     """
     sample = sample.to(torch.promote_types(sample.dtype, torch.float32))
     batch, channels = sample.shape[:2]
+    timesteps = scheduler.timesteps if timesteps is None else timesteps
+    begin(scheduler, timesteps)
     schedulers = [scheduler, *(copy.deepcopy(scheduler) for _ in range(1, batch))]  # one a row: they remember
     predict = Prediction(unet, text, batch, noise_level, reuse, rows)
     learns_variance = scheduler.config.get("variance_type") in ("learned", "learned_range")
     draws = "generator" in inspect.signature(scheduler.step).parameters
-    timesteps = scheduler.timesteps if timesteps is None else timesteps
     low, high = guidance_interval or (0, math.inf)
     guided_steps = [guidance > 1 and low <= timestep <= high for timestep in timesteps.tolist()]
 
