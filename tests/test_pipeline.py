@@ -14,6 +14,7 @@ from show_1 import Cascade, Show1Error, Show1Pipeline, video
 from show_1.models import UNet3DConditionModel, channels_last
 from show_1.pipeline import MAX_SEED, Clip, Notice, Pause, StageStart, StepDone, Video, draw_seed
 from show_1.stages import InterpolationPipeline
+from show_1.stages.denoise import finish
 from show_1.text import TextEmbeddings
 from tests import tiny
 
@@ -361,6 +362,18 @@ def test_other_schedulers_run(pipeline, scheduler):
     keyframes.scheduler = scheduler.from_config(keyframes.scheduler.config, clip_sample=False, skip_prk_steps=True)
     settings = pipeline.cascade.stream_settings("keyframes") | {"steps": 3, "seed": tiny.SEED}
     assert keyframes(keyframes.encode(tiny.PROMPT), **settings).isfinite().all()
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
+def test_a_variance_that_the_scheduler_does_not_take_is_dropped(pipeline, result, scheduler):
+    stage = copy.copy(pipeline.pixel_upscale)
+    config = stage.first_frame_scheduler.config
+    assert config.variance_type == "learned_range"
+    stage.first_frame_scheduler = scheduler.from_config(config)
+    settings = pipeline.cascade.stream_settings("first_frame") | {"seed": 1}
+    image = result.tensors["keyframes"][:, :, 0]
+    stream = stage.stream_first_frame(pipeline.keyframes.encode(tiny.PROMPT), image, **settings)
+    assert finish(stream).shape == (1, 3, 16, 24)
 
 
 def test_timesteps_that_repeat_are_walked_from_the_first(pipeline, result, monkeypatch):

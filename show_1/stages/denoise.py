@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
 from diffusers.pipelines.deepfloyd_if import timesteps as deepfloyd_if
 
 from show_1.text import TextEmbeddings
@@ -146,7 +146,8 @@ def denoise(
     begin(scheduler, timesteps)
     schedulers = [scheduler, *(copy.deepcopy(scheduler) for _ in range(1, batch))]  # one a row: they remember
     predict = Prediction(unet, text, batch, noise_level, reuse, rows)
-    learns_variance = scheduler.config.get("variance_type") in ("learned", "learned_range")
+    # Others' configurations may say so, too, and yet they take the noise alone.
+    learns_variance = isinstance(scheduler, DDPMScheduler) and scheduler.variance_type in ("learned", "learned_range")
     draws = "generator" in inspect.signature(scheduler.step).parameters
     low, high = guidance_interval or (0, math.inf)
     guided_steps = [guidance > 1 and low <= timestep <= high for timestep in timesteps.tolist()]
