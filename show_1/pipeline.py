@@ -21,7 +21,7 @@ from accelerate.hooks import UserCpuOffloadHook
 import show_1
 from show_1 import hub, loading, placement, video
 from show_1.cascade import Cascade, is_text
-from show_1.errors import Show1Error
+from show_1.errors import Show1Error, first_line
 from show_1.models import frame_multiple, try_kernels
 from show_1.stages import (
     InterpolationPipeline,
@@ -32,6 +32,7 @@ from show_1.stages import (
     Step,
     window_starts,
 )
+from show_1.stages.denoise import rehearse
 from show_1.text import dropped_words, listed
 
 MAX_SEED = 2**53 - 1  # the largest whole number that JSON and browsers keep exactly
@@ -115,6 +116,7 @@ class Show1Pipeline:
         self.prompts_at_once = 1
         self.offload_hooks: list[UserCpuOffloadHook] = []  # of the models that are on the device only while they work
         self._check_models()
+        self._check_schedulers()
         self._check_sizes()
 
     @classmethod
@@ -159,7 +161,10 @@ class Show1Pipeline:
         return pipeline
 
     def with_cascade(self, cascade: Cascade) -> "Show1Pipeline":
-        """Return a pipeline of the same models with other settings, such as steps."""
+        """Return a pipeline of the same models with other settings, such as steps.
+
+        Raises Show1Error for those that the models or their schedulers cannot do.
+        """
         other = Show1Pipeline(cascade, self.keyframes, self.interpolation, self.pixel_upscale, self.latent_upscale)
         other.weights, other.offload_hooks = self.weights, self.offload_hooks
         other.prompts_at_once = self.prompts_at_once
@@ -327,6 +332,38 @@ class Show1Pipeline:
                     f"{self.cascade.file}, table [{table}]: the UNet of {getattr(self.cascade, table).model} takes "
                     f"{_inputs(*takes)}, and this stage has {_inputs(*gives)}.",
                     "Name the model that was made for this stage.",
+                )
+
+    def _check_schedulers(self) -> None:
+        """Refuse steps and noise levels that would fail, or give no numbers, in the middle of a video."""
+        upscale, latents = self.pixel_upscale, self.latent_upscale.vae.config.latent_channels
+        for table, scheduler, unet, channels in (
+            ("keyframes", self.keyframes.scheduler, self.keyframes.unet, 3),
+            ("interpolation", self.interpolation.scheduler, self.interpolation.unet, 3),
+            ("first_frame", upscale.first_frame_scheduler, upscale.first_frame_unet, 3),
+            ("pixel_upscale", upscale.scheduler, upscale.unet, 3),
+            ("latent_upscale", self.latent_upscale.scheduler, self.latent_upscale.unet, latents),
+        ):
+            settings = getattr(self.cascade, table)
+            try:
+                schedule = getattr(settings, "schedule", None)
+                rehearse(scheduler, settings.steps, schedule, channels, unet.config.out_channels)
+            except Exception as error:  # whatever a scheduler raises for values that are none
+                raise Show1Error(
+                    f"{self.cascade.file}, table [{table}]: the scheduler of {settings.model} fails at steps = "
+                    f"{settings.steps}: {first_line(error)}.",
+                    "Give fewer steps, no schedule, or another scheduler_config.json.",
+                ) from error
+        for table, scheduler in (
+            ("first_frame", upscale.first_frame_image_noising_scheduler),
+            ("pixel_upscale", upscale.image_noising_scheduler),
+        ):
+            level, trained = getattr(self.cascade, table).noise_level, scheduler.config.num_train_timesteps
+            if level >= trained:
+                raise Show1Error(
+                    f"{self.cascade.file}, table [{table}]: noise_level = {level} is beyond the {trained} levels "
+                    "of its image_noising_scheduler.",
+                    f"Give a whole number from 0 to {trained - 1}.",
                 )
 
     def _check_sizes(self) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 from safetensors.torch import load_file
 
 import show_1
@@ -14,7 +14,7 @@ from show_1 import Cascade, Show1Error, Show1Pipeline, video
 from show_1.models import UNet3DConditionModel, channels_last
 from show_1.pipeline import MAX_SEED, Clip, Notice, Pause, StageStart, StepDone, Video, draw_seed
 from show_1.stages import InterpolationPipeline
-from show_1.stages.denoise import finish
+from show_1.stages.denoise import finish, rehearse
 from show_1.text import TextEmbeddings
 from tests import tiny
 
@@ -354,6 +354,52 @@ def test_a_model_in_the_table_of_another_is_refused_before_anything_runs(pipelin
     wrong.unet = getattr(pipeline, of).unet
     with pytest.raises(Show1Error, match=rf"\[{table}\]: the UNet of .* takes .*{words}"):
         Show1Pipeline(pipeline.cascade, *(wrong if stage is getattr(pipeline, table) else stage for stage in stages))
+
+
+@pytest.mark.parametrize(
+    ("of", "changes", "settings", "words"),
+    [
+        ("keyframes.scheduler", {}, ["keyframes.steps=998"], "keyframes.* fails at steps = 998: it divides by zero"),
+        ("latent_upscale.scheduler", {"num_train_timesteps": 3}, [], "latent_upscale.* divides by zero"),
+        ("latent_upscale.scheduler", {"timestep_spacing": "foo"}, [], "latent_upscale.* foo is not supported"),
+        ("latent_upscale.scheduler", {"final_sigmas_type": "foo"}, [], "latent_upscale.* but got foo"),
+        ("latent_upscale.scheduler", {"timestep_spacing": "leading", "steps_offset": 900}, [], "not all of the 1000"),
+        ("latent_upscale.scheduler", {"variance_type": "learned"}, [], "latent_upscale.* fails at steps = 4"),
+        ("interpolation.scheduler", {"dynamic_thresholding_ratio": 2.0}, [], "interpolation.* range"),
+        ("pixel_upscale.scheduler", {"_class": DDPMScheduler, "num_train_timesteps": 1}, [], "pixel_upscale.* larger"),
+        (
+            "pixel_upscale.first_frame_scheduler",
+            {"_class": DDIMScheduler},
+            ["first_frame.schedule=smart27", "first_frame.steps=27"],
+            r"\[first_frame\].* unexpected keyword argument",
+        ),
+        (
+            "pixel_upscale.image_noising_scheduler",
+            {"num_train_timesteps": 250},
+            [],
+            r"\[pixel_upscale\]: noise_level = 250 is beyond the 250 levels",
+        ),
+    ],
+)
+def test_what_a_scheduler_cannot_do_is_refused_before_anything_runs(pipeline, of, changes, settings, words):
+    stages = {name: getattr(pipeline, name) for name in STAGES if name != "first_frame"}
+    stage, _, component = of.partition(".")
+    stages[stage] = copy.copy(stages[stage])
+    scheduler = getattr(stages[stage], component)
+    options = {key: value for key, value in changes.items() if key != "_class"}
+    setattr(stages[stage], component, changes.get("_class", type(scheduler)).from_config(scheduler.config, **options))
+    with pytest.raises(Show1Error, match=words):
+        Show1Pipeline(pipeline.cascade.override(settings), **stages)
+
+
+def test_a_rehearsal_leaves_nothing_behind(pipeline):
+    state = torch.get_rng_state()
+    scheduler = DPMSolverMultistepScheduler.from_config(
+        pipeline.keyframes.scheduler.config, algorithm_type="sde-dpmsolver++", use_karras_sigmas=True
+    )
+    rehearse(scheduler, 30, None, 3, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert scheduler.num_inference_steps is None
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler])

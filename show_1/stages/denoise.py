@@ -1,10 +1,12 @@
 """The one denoising loop that all stages share."""
 
 import copy
+import functools
 import inspect
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -101,6 +103,28 @@ def prepare(scheduler: SchedulerMixin, steps: int, device: torch.device, schedul
     else:
         scheduler.set_timesteps(timesteps=getattr(deepfloyd_if, f"{schedule}_timesteps"), device=device)
     return scheduler
+
+
+@functools.lru_cache  # each video asks, most for the same
+@torch.no_grad()
+def rehearse(scheduler: SchedulerMixin, steps: int, schedule: str | None, channels: int, predicted: int) -> None:
+    """Walk a scheduler's steps on a tiny image of so many channels, with a model that predicts that many zeros.
+
+    Raises ValueError, or whatever else the scheduler does, where a whole video would fail in that way.
+    """
+    scheduler = prepare(scheduler, steps, torch.device("cpu"), schedule)
+    trained = scheduler.config.num_train_timesteps
+    if not 0 <= scheduler.timesteps.min() <= scheduler.timesteps.max() < trained:
+        raise ValueError(f"its timesteps are not all of the {trained} that the model was trained for")
+    text = TextEmbeddings(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))
+
+    def unet(clip: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=torch.zeros(1, predicted, 2, 2))
+
+    unet.dtype = torch.float32
+    sample = finish(denoise(unet, scheduler, torch.zeros(1, channels, 2, 2), text, 1.0, generators=seeded(0)))
+    if not sample.isfinite().all():
+        raise ValueError("it divides by zero, as where two steps begin with the same noise")
 
 
 def begin(scheduler: SchedulerMixin, timesteps: torch.Tensor) -> None:
