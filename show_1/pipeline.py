@@ -225,6 +225,11 @@ class Show1Pipeline:
                 try:
                     step = next(stream)
                 except StopIteration as end:
+                    if not torch.stack(end.value.aminmax()).isfinite().all():  # both are NaN where one value is
+                        raise Show1Error(
+                            f"The {stage.replace('_', ' ')} came to values that are no numbers.",
+                            "Fetch its model anew, or compute in bfloat16 or float32, where large numbers have room.",
+                        ) from None
                     yield Clip(stage, end.value)
                     return end.value
                 if isinstance(step, Step):

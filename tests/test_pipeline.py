@@ -451,6 +451,18 @@ def test_a_full_gpu_is_told(pipeline, monkeypatch):
         pipeline(tiny.PROMPT)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_stage_that_comes_to_no_numbers_is_told(pipeline, monkeypatch, tmp_path, value):
+    bias = pipeline.interpolation.unet.conv_out.bias
+    monkeypatch.setattr(bias, "data", torch.full_like(bias, value))
+    clips = []
+    with pytest.raises(Show1Error, match="interpolation came to values that are no numbers"):
+        for event in pipeline.stream(tiny.PROMPT, path=tmp_path / "video.mp4"):
+            clips += [event.stage] if isinstance(event, Clip) else []
+    assert clips == ["keyframes"]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_devices_and_dtypes_that_are_not_here(tiny_cascade):
     if not torch.cuda.is_available():
         with pytest.raises(Show1Error, match="There is no device 'cuda' here"):
