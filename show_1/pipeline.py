@@ -395,7 +395,7 @@ class Request:
 
     prompt: str
     seed: int
-    path: str | Path | None
+    path: Path | None
 
 
 @contextlib.contextmanager
@@ -431,7 +431,9 @@ def _requests(
             )
     for one in zip(prompts, seeds, paths, strict=True):
         check_request(*one)
-    if path is not None and len({Path(path).resolve() for path in paths}) < len(paths):
+    # Where they are now, wherever the current folder is when the video is made.
+    paths = [path and Path(path).absolute() for path in paths]
+    if path is not None and len({path.resolve() for path in paths}) < len(paths):
         raise Show1Error("Two prompts have the same path.", "Give each a file of its own.")
     return [Request(*one) for one in zip(prompts, seeds, paths, strict=True)]
 

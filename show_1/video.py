@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import re
+import secrets
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -59,7 +61,8 @@ def write(path: str | Path, frames: np.ndarray, fps: int, metadata: dict[str, An
     becomes the video's title. `effort` is one of x264's presets: with less of it the file is larger and sooner there.
     The same input gives the same bytes.
 
-    Raises Show1Error for an odd height or width, a folder that is missing, full or not writable, and if ffmpeg fails.
+    Raises Show1Error for an odd height or width, a folder that is missing, full or not writable, and if ffmpeg fails;
+    and where `path` can no longer be written, but its folder can, as the video then has another name there.
     """
     path = Path(path)
     count, height, width, _ = frames.shape
@@ -93,7 +96,14 @@ def write(path: str | Path, frames: np.ndarray, fps: int, metadata: dict[str, An
                 if os.strerror(full) in said:
                     raise OSError(full, os.strerror(full))
             raise Show1Error(f"ffmpeg could not make {path.name}: {said}.", REINSTALL)
-        os.replace(video, path)
+        try:
+            os.replace(video, path)
+        except OSError as error:  # as where it has become a folder since: what took hours to make is not thrown away
+            kept = path.with_stem(f"{path.stem}-{secrets.token_hex(4)}")
+            os.replace(video, kept)
+            raise Show1Error(
+                f"The video is made, and cannot be put at {path}: {error.strerror}.", f"Take it from {kept}."
+            ) from None
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -157,10 +167,20 @@ def check_writable(path: str | Path) -> None:
     with writing(path):
         if path.is_dir():
             raise Show1Error(f"The output {path} is a folder.", "Give the name of a file in it, like video.mp4.")
+        if _is_kept_from_us(path):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
         # Tried rather than asked: permissions, quotas, long names and ffmpeg's abilities all answer in the same way.
         with tempfile.TemporaryDirectory(prefix=f".{PROGRAM}-", dir=path.parent) as scratch:
             Path(scratch, "room").write_bytes(bytes(ROOM))
             write(Path(scratch, path.name), np.zeros((1, 16, 16, 3), np.uint8), fps=1, metadata={})
+
+
+def _is_kept_from_us(path: Path) -> bool:
+    """Return whether this is another user's file in a folder like /tmp, whose sticky bit leaves it to its owner."""
+    folder = path.parent.stat()
+    if not folder.st_mode & stat.S_ISVTX or not os.path.lexists(path):
+        return False
+    return os.geteuid() not in (0, folder.st_uid, path.lstat().st_uid)
 
 
 def slug(prompt: str) -> str:

@@ -187,6 +187,15 @@ def test_events_in_order_with_previews(pipeline, result, tmp_path):
     assert metadata["cascade"]["keyframes"]["steps"] == 3
 
 
+def test_a_path_is_where_it_was_when_the_video_was_asked_for(pipeline, one_step_cascade, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    stream = pipeline.with_cascade(Cascade.load(one_step_cascade)).stream("a cat", seed=1, path="video.mp4")
+    monkeypatch.chdir("elsewhere")
+    list(stream)
+    assert (tmp_path / "video.mp4").is_file()
+
+
 @pytest.mark.parametrize("after", [StageStart, StepDone, Pause, Clip])
 def test_to_cancel_is_to_stop_asking(pipeline, tmp_path, after):
     stream = pipeline.stream(tiny.PROMPT, seed=1, path=tmp_path / "video.mp4")

@@ -218,6 +218,26 @@ def test_a_folder_that_refuses():
     refusal(lambda: video.check_writable("/proc/self/video.mp4"), "/proc/self", "cannot be written")
 
 
+def test_another_users_file_in_a_sticky_folder(tmp_path, monkeypatch):
+    (tmp_path / "video.mp4").touch()
+    tmp_path.chmod(0o1777)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    refusal(lambda: video.check_writable(tmp_path / "video.mp4"), "video.mp4 cannot be written", "not permitted")
+    video.check_writable(tmp_path / "other.mp4")
+    tmp_path.chmod(0o777)
+    video.check_writable(tmp_path / "video.mp4")
+
+
+def test_a_video_that_has_lost_its_place_is_kept_beside_it(tmp_path):
+    (tmp_path / "video.mp4").mkdir()
+    with pytest.raises(Show1Error, match=r"The video is made, and cannot be put at .*video\.mp4: Is a dir") as caught:
+        video.write(tmp_path / "video.mp4", FRAMES, 8, {"seed": 3})
+    (kept,) = tmp_path.glob("video-*.mp4")
+    assert str(kept) in caught.value.remedy
+    assert video.read_metadata(kept)["seed"] == 3
+    assert len(os.listdir(tmp_path)) == 2
+
+
 @pytest.fixture
 def full_disk(tmp_path):
     """A folder with room for 64 KiB."""
