@@ -33,7 +33,7 @@ from show_1.stages import (
     window_starts,
 )
 from show_1.stages.denoise import rehearse
-from show_1.text import dropped_words, listed
+from show_1.text import TOKENS, dropped_words, listed
 
 MAX_SEED = 2**53 - 1  # the largest whole number that JSON and browsers keep exactly
 
@@ -337,6 +337,22 @@ class Show1Pipeline:
                     f"{self.cascade.file}, table [{table}]: the UNet of {getattr(self.cascade, table).model} takes "
                     f"{_inputs(*takes)}, and this stage has {_inputs(*gives)}.",
                     "Name the model that was made for this stage.",
+                )
+            channels = latents if table == "latent_upscale" else 3
+            if unet.config.out_channels < channels:
+                raise Show1Error(
+                    f"{self.cascade.file}, table [{table}]: the UNet of {getattr(self.cascade, table).model} gives "
+                    f"{unet.config.out_channels} channels, and this stage needs {channels}.",
+                    "Name the model that was made for this stage.",
+                )
+        for table, stage in (("keyframes", self.keyframes), ("latent_upscale", self.latent_upscale)):
+            config, tokens = stage.text_encoder.config, len(stage.tokenizer)
+            places = getattr(config, "max_position_embeddings", TOKENS)  # T5 counts none
+            if config.vocab_size < tokens or places < TOKENS:
+                raise Show1Error(
+                    f"{self.cascade.file}, table [{table}]: the text encoder of {getattr(self.cascade, table).model} "
+                    f"knows {config.vocab_size} tokens and reads {places} at once, and is given {TOKENS} of {tokens}.",
+                    "Take the folders text_encoder and tokenizer from the model that was made for this stage.",
                 )
 
     def _check_schedulers(self) -> None:

@@ -654,3 +654,8 @@ def test_strict_loading(tmp_path):
     save_file(weights | {"stray.weight": torch.zeros(1)}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=r"unexpected.*stray\.weight"):
         UNet3DConditionModel.from_pretrained(tmp_path)
+
+
+def test_a_configuration_that_would_be_ignored_is_refused():
+    with pytest.raises(ValueError, match="class_embeddings_concat"):
+        UNet3DConditionModel.from_config(tiny.UPSCALE | {"class_embeddings_concat": True})

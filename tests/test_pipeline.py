@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers.configuration_utils import FrozenDict
 from safetensors.torch import load_file
 
 import show_1
@@ -363,6 +364,28 @@ def test_a_model_in_the_table_of_another_is_refused_before_anything_runs(pipelin
     wrong.unet = getattr(pipeline, of).unet
     with pytest.raises(Show1Error, match=rf"\[{table}\]: the UNet of .* takes .*{words}"):
         Show1Pipeline(pipeline.cascade, *(wrong if stage is getattr(pipeline, table) else stage for stage in stages))
+
+
+@pytest.mark.parametrize(
+    ("table", "component", "key", "value", "words"),
+    [
+        ("keyframes", "unet", "out_channels", 2, "the UNet of .*base gives 2 channels, and this stage needs 3"),
+        ("latent_upscale", "unet", "out_channels", 3, "gives 3 channels, and this stage needs 4"),
+        ("keyframes", "text_encoder", "vocab_size", 20, "knows 20 tokens and reads 77 at once, and is given 77 of"),
+        ("latent_upscale", "text_encoder", "vocab_size", 513, "knows 513 tokens .* 77 of 514"),
+        ("latent_upscale", "text_encoder", "max_position_embeddings", 64, "reads 64 at once, and is given 77"),
+    ],
+)
+def test_models_that_do_not_suit_each_other_are_refused_before_anything_runs(
+    pipeline, monkeypatch, table, component, key, value, words
+):
+    model = getattr(getattr(pipeline, table), component)
+    if component == "unet":
+        monkeypatch.setattr(model, "_internal_dict", FrozenDict(model.config | {key: value}))
+    else:
+        monkeypatch.setattr(model.config, key, value)
+    with pytest.raises(Show1Error, match=rf"\[{table}\]: .*{words}"):
+        pipeline.with_cascade(pipeline.cascade)
 
 
 @pytest.mark.parametrize(
