@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -180,10 +181,17 @@ def load_latent_upscale(cascade: Cascade, folders: Folders, dtype: torch.dtype) 
 
 
 def fingerprint(stages: Iterable[Stage]) -> str:
-    """Return a few letters that differ where the weights differ, from a sample of each tensor."""
+    """Return a few letters that differ where weights or configurations differ, from a sample of each tensor.
+
+    What a configuration says of the folder and the versions that it comes from has no part in them.
+    """
     digest = hashlib.sha256()
     for stage in stages:
         for name, component in sorted(stage.components.items()):
+            config = vars(component.config) if hasattr(component, "config") else {}  # tokenizers have none
+            told = {key: config[key] for key in config if not key.startswith("_") and key != "transformers_version"}
+            told = json.dumps(told, sort_keys=True, default=str)
+            digest.update(f"{name} {type(component).__name__} {told}".encode())
             if isinstance(component, torch.nn.Module):
                 for key, tensor in component.state_dict().items():
                     flat = tensor.detach().flatten()

@@ -112,7 +112,7 @@ class Show1Pipeline:
         self.interpolation = interpolation
         self.pixel_upscale = pixel_upscale
         self.latent_upscale = latent_upscale
-        self.weights: str | None = None  # a fingerprint, where `from_cascade` has loaded them
+        self.weights: str | None = None  # their `fingerprint`, where `from_cascade` has loaded them
         self.prompts_at_once = 1
         self.offload_hooks: list[UserCpuOffloadHook] = []  # of the models that are on the device only while they work
         self._check_models()

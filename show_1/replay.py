@@ -72,9 +72,9 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any], cascade: Cascade) 
     for key in ("device", "dtype"):
         if theirs[key] != ours[key]:
             found.append(f"the {key} is {ours[key]} here, not {_shown(theirs[key])}")
-    # The fingerprint is one of the weights in their dtype.
+    # The fingerprint is one of the weights in their dtype, and of the configurations.
     if theirs["dtype"] == ours["dtype"] and ours["weights"] and theirs.get("weights") not in (None, ours["weights"]):
-        found.append("the weights are others")
+        found.append("the models' weights or configurations are others")
     for name, version in ours["versions"].items():
         if theirs["versions"].get(name) != version:
             found.append(f"{name} is {version} here, not {_shown(theirs['versions'].get(name))}")

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -300,6 +301,29 @@ def test_schedulers_that_say_how_they_end_are_believed(copy, tmp_path, end):
     file = copy("latent_upscale") / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"final_sigmas_type": end}))
     assert load(tmp_path, "latent_upscale", "scheduler").config.final_sigmas_type == end
+
+
+@pytest.mark.parametrize(
+    ("table", "file", "change", "same"),
+    [
+        ("keyframes", "scheduler/scheduler_config.json", {"solver_order": 1}, False),
+        ("keyframes", "scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler"}, False),
+        ("keyframes", "text_encoder/config.json", {"layer_norm_epsilon": 1e-3}, False),
+        ("latent_upscale", "vae/config.json", {"scaling_factor": 0.5}, False),
+        ("latent_upscale", "vae/config.json", {"_diffusers_version": "0.1.0"}, True),
+        ("latent_upscale", "text_encoder/config.json", {"transformers_version": "4.0.0", "_name_or_path": "x"}, True),
+    ],
+)
+def test_the_fingerprint_is_of_weights_and_configurations(copy, pristine, tmp_path, table, file, change, same):
+    file = copy(table) / file
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    there, here = (load_components(folder, table) for folder in (pristine, tmp_path))
+    assert (loading.fingerprint([there]) == loading.fingerprint([here])) == same
+
+
+def load_components(folder: Path, table: str) -> SimpleNamespace:
+    names = [name for name in hub.COMPONENTS[table] if name != "unet"]  # which takes longest
+    return SimpleNamespace(components={name: load(folder, table, name) for name in names})
 
 
 # --- What is missing

@@ -60,7 +60,7 @@ def test_other_frames_are_told_with_what_differs(made, tiny_cascade, tmp_path, c
     assert replay.main([str(file), "--cascade", str(tiny_cascade)]) == 1
     said = capsys.readouterr().out
     assert "of 29 frames differ, by up to" in said
-    assert f"- torch is {torch.__version__} here, not 1.0" in said and "- the weights are others" in said
+    assert f"- torch is {torch.__version__} here, not 1.0" in said and "weights or configurations are others" in said
 
 
 def test_kernels_that_are_not_here_are_told(made, tiny_cascade, tmp_path, capsys, monkeypatch):
