@@ -1,5 +1,7 @@
 """Prompts to embeddings: T5 for the pixel stages, CLIP for the latent one."""
 
+import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,6 +9,7 @@ import torch
 from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
 TOKENS = 77  # what every text encoder of the cascade is given, padded
+_one_at_a_time = threading.Lock()  # a tokenizer keeps for all threads how a call wants texts padded and cut
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,19 @@ def listed(prompts: str | Sequence[str]) -> list[str]:
 
 def dropped_words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """Return the end of the prompt that does not fit into 77 tokens, from the first word that is not whole; or ""."""
-    offsets = tokenizer(_t5_text(prompt), return_offsets_mapping=True).offset_mapping
+    text = _t5_text(prompt)
+    with _one_at_a_time:
+        offsets = tokenizer(text, return_offsets_mapping=True, verbose=False).offset_mapping
     if len(offsets) <= TOKENS:
         return ""
-    text = _t5_text(prompt)
     cut = offsets[TOKENS - 1][0]  # one place goes to the end token
-    return text[text.rfind(" ", 0, cut + 1) + 1 :]
+    last_word = re.search(r"\s(\S*)\Z", text[: cut + 1])
+    return text[last_word.start(1) if last_word else cut :]  # Chinese, for one, has no spaces
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]):
-    return tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+    with _one_at_a_time:
+        return tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
 
 
 def _t5_text(prompt: str) -> str:

@@ -1,6 +1,8 @@
 """The whole chain on the tiny cascade: its numbers, and what a caller may rely on."""
 
 import copy
+import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from show_1.models import UNet3DConditionModel, channels_last
 from show_1.pipeline import MAX_SEED, Clip, Notice, Pause, StageStart, StepDone, Video, draw_seed
 from show_1.stages import InterpolationPipeline
 from show_1.stages.denoise import finish, rehearse
-from show_1.text import TextEmbeddings
+from show_1.text import TextEmbeddings, dropped_words
 from tests import tiny
 
 STAGES = ["keyframes", "interpolation", "first_frame", "pixel_upscale", "latent_upscale"]
@@ -222,6 +224,37 @@ def test_long_prompt_says_what_it_drops(pipeline):
         assert dropped == words[-len(dropped) :]
         assert 0 < len(dropped) < 40
     assert not [e for e in _until_first_step(pipeline, "a cat") if isinstance(e, Notice)]
+
+
+@pytest.mark.parametrize("between", ["\n", "\t", "\u3000"])
+def test_words_may_have_anything_between_them(pipeline, between):
+    words = [f"w{n}" for n in range(40)]
+    tokenizer = pipeline.latent_upscale.tokenizer
+    dropped = dropped_words(tokenizer, between.join(words)).split(between)
+    assert dropped == words[-len(dropped) :] and 0 < len(dropped) < 40
+
+
+def test_a_prompt_without_spaces_drops_what_does_not_fit(pipeline):
+    tokenizer = pipeline.latent_upscale.tokenizer
+    dropped = dropped_words(tokenizer, "猫狗" * 30)  # a byte is a token here, three bytes a character
+    assert dropped == ("猫狗" * 30)[25:]
+
+
+def test_what_is_dropped_is_told_by_us_alone(pipeline, monkeypatch, caplog):
+    tokenizer = pipeline.latent_upscale.tokenizer
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(tokenizer, "deprecation_warnings", {})  # it says this only once
+    assert dropped_words(tokenizer, "a cat " * 40)
+    assert caplog.records == []
+
+
+def test_threads_may_share_a_tokenizer(pipeline):
+    def encode(_):
+        assert pipeline.latent_upscale.encode(["a cat " * 40, "b"], "").prompt.shape == (2, 77, 32)
+        assert dropped_words(pipeline.latent_upscale.tokenizer, "a cat " * 40)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(encode, range(60)))
 
 
 def _until_first_step(pipeline, prompt):
