@@ -17,7 +17,7 @@ from show_1 import Cascade, Show1Error, Show1Pipeline, video
 from show_1.models import UNet3DConditionModel, channels_last
 from show_1.pipeline import MAX_SEED, Clip, Notice, Pause, StageStart, StepDone, Video, draw_seed
 from show_1.stages import InterpolationPipeline
-from show_1.stages.denoise import finish, rehearse
+from show_1.stages.denoise import finish, rehearse, unfold
 from show_1.text import TextEmbeddings, dropped_words
 from tests import tiny
 
@@ -327,6 +327,21 @@ def test_the_latent_upscale_shares_noise(pipeline, result, monkeypatch):
     own, mixed, common = given  # (frames, channels, height, width) each
     assert torch.equal(common, common[:1].expand_as(common)) and not torch.equal(own[0], own[1])
     torch.testing.assert_close(mixed, 0.5**0.5 * (own + common))
+
+
+def test_latents_are_shifted_and_scaled_as_the_autoencoder_says(pipeline, result, monkeypatch):
+    stage, clip = pipeline.latent_upscale, result.tensors["pixel_upscaled"][0, :, :2].transpose(0, 1)
+
+    def latents():
+        return finish(stage._encode_frames(clip, torch.Generator().manual_seed(0)))
+
+    plain = latents()
+    monkeypatch.setattr(stage.vae, "_internal_dict", FrozenDict(stage.vae.config | {"shift_factor": 0.3}))
+    shifted = latents()
+    torch.testing.assert_close(shifted, plain - 0.3 * stage.vae.config.scaling_factor)
+    decoded = stage.decode(unfold(shifted, torch.Size([1, 4, 2])))
+    monkeypatch.undo()
+    torch.testing.assert_close(decoded, stage.decode(unfold(plain, torch.Size([1, 4, 2]))))
 
 
 def test_a_stage_saves_and_loads_as_a_diffusers_pipeline(pipeline, result, tmp_path):

@@ -90,7 +90,8 @@ class LatentUpscalePipeline(Stage):
         for part in frames.split(self.vae_frames):
             moments.append(self.vae.encode(part).latent_dist.parameters)
             yield Pause()
-        return DiagonalGaussianDistribution(torch.cat(moments)).sample(generator) * self.vae.config.scaling_factor
+        latents = DiagonalGaussianDistribution(torch.cat(moments)).sample(generator)
+        return (latents - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -98,8 +99,9 @@ class LatentUpscalePipeline(Stage):
         return finish(self._decode(latents))
 
     def _decode(self, latents: torch.Tensor) -> Generator[Pause, None, torch.Tensor]:
-        decoded = []
-        for part in (fold(latents).to(self.vae.dtype) / self.vae.config.scaling_factor).split(self.vae_frames):
+        decoded, config = [], self.vae.config
+        frames = fold(latents).to(self.vae.dtype) / config.scaling_factor + (config.shift_factor or 0)
+        for part in frames.split(self.vae_frames):
             decoded.append(self.vae.decode(part).sample)
             yield Pause()
         return unfold(torch.cat(decoded), latents.shape)
