@@ -572,6 +572,21 @@ def test_cpu_kernels_are_compiled_once(uncompiled, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.parametrize("damaged", [b"", b"no library"])
+def test_damaged_cpu_kernels_are_compiled_again(uncompiled, monkeypatch, damaged):
+    compile_, kept = cpu_kernels._compile, []
+    monkeypatch.setattr(cpu_kernels, "_compile", lambda command, file: kept.append(file))
+    cpu_kernels._library()
+    cpu_kernels._library.cache_clear()
+    kept[0].parent.mkdir(parents=True)
+    kept[0].write_bytes(damaged)
+    monkeypatch.setattr(cpu_kernels, "_compile", compile_)
+    g = torch.randn(3, 8)
+    assert (cpu_kernels.gated_gelu(g) - g[:, :4] * F.gelu(g[:, 4:])).abs().max() < 1e-6
+    assert kept[0].stat().st_size > len(damaged)
+
+
+@needs_compiler
 def test_cpu_kernels_need_no_cache(uncompiled):
     uncompiled.write_text("a file where the folder would be")
     g = torch.randn(3, 8)

@@ -116,7 +116,9 @@ def _library() -> ctypes.CDLL:
     command = [*compiler(), *FLAGS, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())]
     name = hashlib.sha256(" ".join(command).encode() + SOURCE.read_bytes()).hexdigest()[:16]
     kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "show-1" / f"cpu-kernels-{name}.so"
-    return ctypes.CDLL(str(kept)) if kept.exists() else _compile(command, kept)
+    with contextlib.suppress(OSError):  # it is not there, or is damaged
+        return ctypes.CDLL(str(kept))
+    return _compile(command, kept)
 
 
 def _compile(command: list[str], kept: Path) -> ctypes.CDLL:
