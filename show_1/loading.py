@@ -17,6 +17,7 @@ from diffusers import (
     SchedulerMixin,
     UNet2DConditionModel,
 )
+from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging as transformers_logging
@@ -216,16 +217,18 @@ def _opens(file: Path) -> bool:
 def _quiet() -> Iterator[None]:
     """Keep the libraries' bars and their advice to developers from people who asked for a video."""
     loggers = [logging.getLogger(library) for library in ("diffusers", "transformers")]
-    levels, bars = [logger.level for logger in loggers], transformers_logging.is_progress_bar_enabled()
+    levels = [logger.level for logger in loggers]
+    bars = [each for each in (diffusers_logging, transformers_logging) if each.is_progress_bar_enabled()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        transformers_logging.disable_progress_bar()
+        for each in bars:
+            each.disable_progress_bar()
         try:
             yield
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-            if bars:
-                transformers_logging.enable_progress_bar()
+            for each in bars:
+                each.enable_progress_bar()

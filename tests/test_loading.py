@@ -211,7 +211,7 @@ def test_safetensors_hold_the_same(copy, tmp_path, pristine, table, component):
 
 @pytest.mark.parametrize(("table", "component"), KINDS)
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
-def test_shards_hold_the_same(copy, tmp_path, table, component, form):
+def test_shards_hold_the_same(copy, tmp_path, capfd, table, component, form):
     folder = copy(table) / component
     weights = weights_in(folder)
     _remove_weights(folder)
@@ -224,6 +224,7 @@ def test_shards_hold_the_same(copy, tmp_path, table, component, form):
         index |= dict.fromkeys(part, shard)
     (folder / f"{stem}.{form}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     assert_holds(load(tmp_path, table, component), weights)
+    assert capfd.readouterr().err == ""  # no bar
 
 
 def test_variant_comes_first(copy, tmp_path):
