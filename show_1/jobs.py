@@ -183,14 +183,12 @@ class Jobs:
 
         Raises Show1Error for bad input, a full queue, a folder that cannot be written.
         """
-        if not isinstance(prompt, str):
-            raise Show1Error("The prompt is no text.", 'Say what the video should show, as in "a panda in the snow".')
+        check_request(prompt, seed, None)
         if len(prompt) > MAX_PROMPT:
             raise Show1Error(
                 f"The prompt is {len(prompt):,} characters long.",
                 f"Give at most {MAX_PROMPT:,}; the models read about the first 60 words.",
             )
-        check_request(prompt, seed, None)
         preset = next(iter(self.presets)) if preset is None else preset
         changes = {} if changes is None else changes
         cascade = self.changed_cascade(preset, changes)

@@ -3,10 +3,11 @@
 import contextlib
 import itertools
 import math
+import os
 import platform
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -435,7 +436,7 @@ def _requests(
     seed: int | Sequence[int] | None,
     path: str | Path | Sequence[str | Path] | None,
 ) -> list[Request]:
-    prompts = listed(prompt)
+    prompts = listed(prompt) if isinstance(prompt, Iterable) else [prompt]  # what is neither is refused below
     if not prompts:
         raise Show1Error("There is no prompt.", "Give one, or a list of at least one.")
     seeds = list(seed) if isinstance(seed, Sequence) else [draw_seed() if seed is None else seed] * len(prompts)
@@ -449,13 +450,15 @@ def _requests(
         check_request(*one)
     # Where they are now, wherever the current folder is when the video is made.
     paths = [path and Path(path).absolute() for path in paths]
-    if path is not None and len({path.resolve() for path in paths}) < len(paths):
+    if path is not None and len({os.path.realpath(path) for path in paths}) < len(paths):
         raise Show1Error("Two prompts have the same path.", "Give each a file of its own.")
     return [Request(*one) for one in zip(prompts, seeds, paths, strict=True)]
 
 
 def check_request(prompt: str, seed: int | None, path: str | Path | None) -> None:
-    """Raise Show1Error for a blank prompt, a seed that is none, or a path that cannot be written to."""
+    """Raise Show1Error for a prompt that is blank or no text, a seed that is none, a path that cannot be written to."""
+    if not isinstance(prompt, str):
+        raise Show1Error("The prompt is no text.", 'Say what the video should show, as in "a panda in the snow".')
     if not prompt.strip():
         raise Show1Error("The prompt is empty.", 'Say what the video should show, as in "a panda in the snow".')
     if not is_text(prompt):

@@ -164,6 +164,8 @@ def check_writable(path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() != ".mp4":
         raise Show1Error(f'The output "{path}" does not end in .mp4.', "Give it a name like video.mp4.")
+    if "\0" in str(path):
+        raise Show1Error(f"The output {str(path)!r} holds a null character.", "Give it a name like video.mp4.")
     with writing(path):
         if path.is_dir():
             raise Show1Error(f"The output {path} is a folder.", "Give the name of a file in it, like video.mp4.")

@@ -357,6 +357,8 @@ def test_a_stage_saves_and_loads_as_a_diffusers_pipeline(pipeline, result, tmp_p
     ("request_", "words"),
     [
         ({"prompt": " \n"}, "prompt is empty"),
+        ({"prompt": None}, "prompt is no text"),
+        ({"prompt": ["a cat", None]}, "prompt is no text"),
         ({"seed": -1}, "seed cannot be -1"),
         ({"seed": MAX_SEED + 1}, str(MAX_SEED)),
         ({"seed": 1.5}, "seed cannot be 1.5"),
@@ -373,6 +375,14 @@ def test_a_stage_saves_and_loads_as_a_diffusers_pipeline(pipeline, result, tmp_p
 def test_bad_requests_are_refused_at_once(pipeline, request_, words):
     with pytest.raises(Show1Error, match=words):
         pipeline.stream(**{"prompt": "a cat", **request_})
+
+
+def test_a_path_may_be_a_link_that_leads_nowhere(pipeline, tmp_path):
+    loop = tmp_path / "loop.mp4"
+    loop.symlink_to(loop)
+    pipeline.stream("a cat", path=loop)
+    with pytest.raises(Show1Error, match="same path"):
+        pipeline.stream(["a cat", "a dog"], path=[loop, loop])
 
 
 @pytest.mark.parametrize(

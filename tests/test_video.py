@@ -208,6 +208,7 @@ def test_not_writable(tmp_path):
         "video.avi": ("video.avi", "does not end in .mp4"),
         "video": ("does not end in .mp4",),
         "x" * 300 + ".mp4": ("File name too long",),
+        "nu\0l.mp4": ("nu\\x00l.mp4", "null character"),
     }.items():
         refusal(lambda name=name: video.check_writable(tmp_path / name), *words)
     assert sorted(os.listdir(tmp_path)) == ["file", "folder.mp4"]
@@ -216,6 +217,14 @@ def test_not_writable(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs a folder that even root cannot write to")
 def test_a_folder_that_refuses():
     refusal(lambda: video.check_writable("/proc/self/video.mp4"), "/proc/self", "cannot be written")
+
+
+def test_a_link_that_leads_nowhere_is_replaced(tmp_path):
+    loop = tmp_path / "loop.mp4"
+    loop.symlink_to(loop)
+    video.check_writable(loop)
+    video.write(loop, FRAMES, 8, {"seed": 3})
+    assert video.read_metadata(loop)["seed"] == 3
 
 
 def test_another_users_file_in_a_sticky_folder(tmp_path, monkeypatch):
