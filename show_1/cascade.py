@@ -72,7 +72,7 @@ Frames = Annotated[int, whole(2, 64, "keyframes")]
 Pixels = Annotated[int, whole(2, 4096, "pixels")]
 EvenPixels = Annotated[int, whole(2, 4096, "pixels; H.264 stores colour for every second one", even=True)]
 Steps = Annotated[int, whole(1, 1000, "denoising steps")]
-Guidance = Annotated[float, real(0, 100, "weight of the prompt; 1 switches guidance off")]
+Guidance = Annotated[float, real(0, 100, "weight of the prompt; 1 or less switches guidance off")]
 SharedNoise = Annotated[float | None, real(0, 1, "share of the first noise's variance that all frames have in common")]
 NoiseLevel = Annotated[int, whole(0, 999, "timestep of the noise added to the condition")]
 # Above 0 would be the natural bound, but below 0.001 not even 1000 steps leave one to run.
@@ -296,14 +296,13 @@ class Cascade:
             return []
         file = self.file.parent / self.about.words
         try:
-            known = set(file.read_text(encoding="utf-8").split())
+            known = set(_words(file.read_text(encoding="utf-8-sig")))
         except (OSError, UnicodeDecodeError) as error:
             raise Show1Error(
                 f"{self.file}, table [about]: the words cannot be read from {file}: {error}.",
                 "Give a UTF-8 text file with one word a line, or leave the key out.",
             ) from None
-        words = re.findall(r"[^\W_]+", prompt.lower())
-        return [word for word in dict.fromkeys(words) if word not in known]
+        return [word for word in dict.fromkeys(_words(prompt)) if word not in known]
 
     def model_source(self, table: str) -> Path | str:
         """Return where the model of a stage ("keyframes") is: an existing folder as a Path, or else a hub id as a str.
@@ -320,6 +319,10 @@ class Cascade:
             f"{self.file}, table [{table}]: there is no folder {folder} for model = {_shown(model)}.",
             'Give a folder relative to that file, or a hub id like "showlab/show-1-base".',
         )
+
+
+def _words(prose: str) -> list[str]:
+    return re.findall(r"[^\W_]+", prose.lower())
 
 
 def _find(name_or_file: str | Path) -> Path:

@@ -390,6 +390,12 @@ def test_mini_names_the_words_it_does_not_know():
     assert mini.override(["keyframes.steps=2"]).about == mini.about
 
 
+def test_a_list_of_words_may_have_capitals_and_a_mark_in_front(file):
+    file.write_text(SHOW_1.replace("examples = [", 'words = "words.txt"\nexamples = ['), encoding="utf-8")
+    file.with_name("words.txt").write_text("Panda\nice-cream\nÉté\n", encoding="utf-8-sig")
+    assert Cascade.load(file).unknown_words("A panda, ICE cream, été") == ["a"]
+
+
 def test_a_list_of_words_that_is_not_there(file):
     file.write_text(SHOW_1.replace("examples = [", 'words = "words.txt"\nexamples = ['), encoding="utf-8")
     with pytest.raises(Show1Error, match=r"\[about\].*words\.txt"):
