@@ -51,6 +51,7 @@ WEIGHTS = re.compile(
     r"(?:\.(?P<variant>[\w]+))?(?:-\d{5}-of-\d{5})?(?:\.(?P<late_variant>fp16|bf16|fp32))?"
     r"\.(?P<format>safetensors|bin)(?:\.index(?:\.(?P<index_variant>\w+))?\.json)?"
 )
+WEIGHT_FILE = "a weight file (*.safetensors or *.bin)"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 SMALL_FILES = (".json", ".txt", ".model")  # configurations and tokenizers
 AT_ONCE = 4  # files; more would not be faster where the line is the limit
@@ -210,6 +211,8 @@ def find(
     except Exception as error:
         if here:  # the hub is out of reach, or refuses
             return here
+        if isinstance(error, Show1Error):
+            raise
         raise explain(error, f"the model {source} of [{table}]", source) from error
 
 
@@ -218,7 +221,7 @@ def weights_in(folder: Path, table: str, component: str, variant: str | None) ->
     names = [file.name for file in (folder / component).iterdir() if file.is_file()]  # no link to nothing
     weights = choose_weights(names, variant)
     if weights is None:
-        raise _missing(table, folder / component, "a weight file (*.safetensors or *.bin)")
+        raise _missing(table, folder / component, WEIGHT_FILE)
     index = next((name for name in weights.names if name.endswith(".json")), None)
     if index is None and all(SHARD.search(name) for name in weights.names):
         raise _missing(table, folder / component, "the index of its shards (*.index.json)")
@@ -261,7 +264,7 @@ def check_complete(folder: Path, table: str, variant: str | None) -> None:
                     raise _missing(table, folder / component, name)
 
 
-def _missing(table: str, folder: Path, what: str) -> Show1Error:
+def _missing(table: str, folder: Path | str, what: str) -> Show1Error:
     return Show1Error(
         f"The model of [{table}] is incomplete: {folder} lacks {what}.",
         "Copy the missing part there, or set the table's `model` to a complete folder or a hub id.",
@@ -289,15 +292,24 @@ def _fetched_before(repository: str, revision: str | None, table: str, variant: 
 
 
 def _at_hub(repository: str, revision: str | None, table: str, variant: str | None, patient: bool) -> Model:
-    """Return the model as the hub lists it."""
+    """Return the model as the hub lists it; raises Show1Error as `check_complete` does."""
 
     def ask():
         return in_time(lambda: model_info(repository, revision=revision, files_metadata=True, timeout=PATIENCE))
 
     info = _patiently(ask) if patient else ask()
     siblings = {file.rfilename: file for file in info.siblings or ()}
+    needed = needed_files(siblings, table, variant)
+    for component in COMPONENTS[table]:  # now, before gigabytes of the others are fetched for nothing
+        names = [path.removeprefix(f"{component}/") for path in needed if path.startswith(f"{component}/")]
+        if not names:
+            raise _missing(table, repository, f"the folder {component}")
+        if component in MODELS and "config.json" not in names:
+            raise _missing(table, f"{repository}/{component}", "config.json")
+        if component in MODELS and not choose_weights(names, variant):
+            raise _missing(table, f"{repository}/{component}", WEIGHT_FILE)
     files = []
-    for path in needed_files(siblings, table, variant):
+    for path in needed:
         sibling = siblings[path]
         digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
         files.append(File(repository, info.sha, path, sibling.size, digest))
