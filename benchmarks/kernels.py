@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from show_1.errors import exit_code
+from show_1.errors import Show1Error, exit_code, first_line
 from show_1.models.try_kernels import KERNELS
 
 # By device and kernel; of the sums' and the norms' shapes, the second number is that of channels.
@@ -116,10 +116,17 @@ def _run() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(torch.cuda.get_device_name() if device == "cuda" else "CPU", torch.__version__)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        if str(dtype).removeprefix("torch.") not in KERNELS[device][2]:
+        if dtype not in KERNELS[device][2]:
             continue
         for what, our_call, their_call in cases(device, dtype):
-            ours, theirs = milliseconds(our_call, device), milliseconds(their_call, device)
+            try:
+                ours = milliseconds(our_call, device)
+            except Exception as error:  # whatever the compilers, the driver and what calls them raise
+                raise Show1Error(
+                    f"{what} {dtype}: our kernel does not run here, {first_line(error)}.",
+                    "On a CPU, name a C++ compiler that works in CXX; on a GPU, see whether its driver suits torch.",
+                ) from error
+            theirs = milliseconds(their_call, device)
             print(f"{what} {dtype}: ours {ours:.3f} ms, torch {theirs:.3f} ms, {theirs / ours:.1f} times as fast")
 
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from benchmarks import cascade as benchmark
-from benchmarks.kernels import cases
+from benchmarks import kernels
 from benchmarks.models import load
 from show_1 import Cascade, Show1Error, Show1Pipeline
+from show_1.errors import exit_code
+from show_1.models import cpu_kernels
 from tests import tiny
 from tests.test_models import FAMILIES, _inputs, _unet
 
@@ -165,10 +167,27 @@ def test_what_needs_a_gpu_says_so():
 @torch.no_grad()
 def test_kernels_are_timed_against_what_computes_the_same():
     whats = set()
-    for what, ours, theirs in cases("cpu", torch.float32):
+    for what, ours, theirs in kernels.cases("cpu", torch.float32):
         assert (ours() - theirs()).abs().max() < 1e-4
         whats.add(what.partition(" (")[0])
     assert whats == {"group norm and GELU", "gated GELU", "attention over frames"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_kernels_are_told_row_by_row(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "milliseconds", lambda call, device: float(len(call().shape) > 0))
+    kernels._run()
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 2 * 9 and all("ours 1.000 ms, torch 1.000 ms" in row for row in rows)
+    assert {row.partition("torch.")[2].partition(":")[0] for row in rows} == {"bfloat16", "float32"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_kernels_that_cannot_be_compiled(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(cpu_kernels, "_function", lambda *_: cpu_kernels._compile(["false"], tmp_path / "kernels.so"))
+    assert exit_code(kernels._run) == 2
+    assert "false cannot compile them: it does not say why.\nOn a CPU, name a C++ compiler" in capsys.readouterr().err
 
 
 def test_an_interrupted_benchmark_keeps_its_finished_rounds():

@@ -129,7 +129,7 @@ def _compile(command: list[str], kept: Path) -> ctypes.CDLL:
             [*command, SOURCE, "-o", made], stderr=subprocess.PIPE, text=True, timeout=PATIENCE, check=False
         )
         if run.returncode:
-            raise RuntimeError(f"{command[0]} cannot compile them: {run.stderr.strip()}")
+            raise RuntimeError(f"{command[0]} cannot compile them: {run.stderr.strip() or 'it does not say why'}")
         part = kept.with_suffix(f".{os.getpid()}")
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
