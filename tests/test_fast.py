@@ -168,7 +168,8 @@ def test_what_needs_a_gpu_says_so():
 def test_kernels_are_timed_against_what_computes_the_same():
     whats = set()
     for what, ours, theirs in kernels.cases("cpu", torch.float32):
-        assert (ours() - theirs()).abs().max() < 1e-4
+        true = theirs()
+        assert (ours() - true).abs().max() < 3e-5 * true.abs().max(), what  # random; 1.3e-5 at most in 40 rounds
         whats.add(what.partition(" (")[0])
     assert whats == {"group norm and GELU", "gated GELU", "attention over frames"}
 
