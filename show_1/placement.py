@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 GB = 10**9
 UNITS = {"MB": 10**6, "GB": GB, "MIB": 2**20, "GIB": 2**30}
-SHOW_1 = 26 * GB  # Show-1's weight files, in half precision: what the tiers' figures are for
+SHOW_1 = 26_200_000_000  # bytes of Show-1's weights as float16 loads them: what the tiers' figures are for
 CARD = 0.88  # the share of a card's nominal memory that is free when nothing else runs on it
+# What the libraries load in float32 at the least, in our UNets and in T5; the first frame's UNet is diffusers' own.
+IN_FLOAT32 = {"unet": {"conv_norm_out", "conv_out"}, "text_encoder": {"wo"}}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 
@@ -57,9 +59,9 @@ class Tier:
         return int(self.memory * GB * CARD * weights / SHOW_1)
 
 
-# Of a GPU with memory of its own, the fastest first. In GB, Show-1 in half precision is 24, of that T5 9.5, the largest
-# UNet 3.5, CLIP and the VAE, which always stay, 0.9. The peaks, by `python -m benchmarks.memory` on an H200, are
-# 36, 11, 8.5 and 6.5; the last tier's is not measured.
+# Of a GPU with memory of its own, the fastest first. In GB, Show-1 in float16 is 26.2, of that T5 11.5, the largest
+# UNet 3.5, CLIP and the VAE, which always stay, 0.9. The peaks, by `python -m benchmarks.memory` on an H200, were 36,
+# 11, 8.5 and 6.5, with one prompt and all of T5 in float16, which is 9.5; the last tier's is not measured.
 TIERS = (
     Tier("all on the GPU", 40, prompts=2, vae_frames=8),
     Tier("one model at a time", 16, one_at_a_time=True, vae_frames=4),
@@ -177,28 +179,35 @@ def dtype_of(component: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def weight_bytes(cascade: Cascade, folders: Mapping[str, Path], dtype: torch.dtype) -> int:
-    """Return the bytes of the cascade's weights were its models of this dtype, whatever their files are in."""
+    """Return the bytes of the cascade's weights as they are loaded in a dtype, whatever their files are in."""
     size = 0
     for table in STAGES:
         folder = folders[table]
         for component in set(hub.COMPONENTS[table]) & set(hub.MODELS):
+            numbers: dict[str, int] = {}
             for name in hub.weights_in(folder, table, component, hub.variant(cascade, table)).names:
-                size += _numbers_in(folder / component / name) * dtype_of(component, dtype).itemsize
+                numbers |= _numbers_in(folder / component / name)
+            if "shared.weight" in numbers:
+                numbers.pop("encoder.embed_tokens.weight", None)  # T5's same embedding by another name
+            kept = set() if table == "first_frame" else IN_FLOAT32.get(component, set())
+            itemsize = dtype_of(component, dtype).itemsize
+            for name, number in numbers.items():
+                size += number * (max(itemsize, 4) if kept & set(name.split(".")) else itemsize)
     return size
 
 
-def _numbers_in(file: Path) -> int:
-    """Return how many numbers a weight file holds, without reading them."""
+def _numbers_in(file: Path) -> dict[str, int]:
+    """Return how many numbers each weight of a file has, without reading them."""
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
-                return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+                return {key: math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
         if file.suffix == ".bin":
             weights = torch.load(file, map_location="meta", mmap=True, weights_only=True)
-            return sum(tensor.numel() for tensor in weights.values())
-        return 0  # an index of shards
+            return {key: tensor.numel() for key, tensor in weights.items()}
+        return {}  # an index of shards
     except Exception:  # damaged, as the loading will tell, or of before PyTorch 1.6
-        return file.stat().st_size // 2
+        return {str(file): file.stat().st_size // 2}
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:

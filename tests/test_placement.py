@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from show_1 import Cascade, Show1Error, Show1Pipeline, graphs, hub, placement, video
+from show_1 import Cascade, Show1Error, Show1Pipeline, graphs, hub, loading, placement, video
 from show_1.placement import GB, IN_PLACE, SHOW_1, TIERS
 from tests import tiny
 
@@ -64,21 +65,45 @@ def test_a_size_given_stands_for_a_card(monkeypatch):
         placement.choose(cascade, cuda, SHOW_1, "90GB")
 
 
-def test_weights_count_in_the_type_that_they_are_loaded_in(tiny_cascade, tmp_path):
-    """And not in that of their files, be these safetensors, pickles or pickles of before PyTorch 1.6."""
+def test_weights_count_as_they_are_loaded(tiny_cascade):
+    """And not in the type of their files, and in half precision not all of them."""
     cascade = Cascade.load(tiny_cascade)
     folders = hub.fetch(cascade)
-    found = {dtype: placement.weight_bytes(cascade, folders, dtype) for dtype in (torch.float16, torch.float32)}
-    assert found[torch.float32] == 2 * found[torch.float16]
+    for dtype in (torch.float16, torch.bfloat16):
+        stages = loading.load_stages(cascade, folders, dtype)
+        models = [each for stage in stages for each in stage.components.values() if isinstance(each, torch.nn.Module)]
+        loaded = sum(weight.nbytes for model in models for weight in model.parameters())
+        assert placement.weight_bytes(cascade, folders, dtype) == loaded
+        # Not half: some of T5 and the UNets' last layers stay in float32.
+        assert loaded < placement.weight_bytes(cascade, folders, torch.float32) < 2 * loaded
+
+
+def test_t5s_embedding_counts_once_whatever_its_names(tiny_cascade, tmp_path):
+    cascade = Cascade.load(tiny_cascade)
+    folders = hub.fetch(cascade)
+    shutil.copytree(folders["keyframes"], tmp_path / "copied")
+    for file in (tmp_path / "copied" / "text_encoder").glob("*.bin"):
+        weights = torch.load(file)
+        if "shared.weight" in weights:
+            torch.save(weights | {"encoder.embed_tokens.weight": weights["shared.weight"]}, file)
+    sizes = [
+        placement.weight_bytes(cascade, each, torch.float16)
+        for each in (folders, folders | {"keyframes": tmp_path / "copied"})
+    ]
+    assert sizes[0] == sizes[1]
+
+
+def test_numbers_in_files_of_all_kinds(tmp_path):
+    """In safetensors, in pickles, and in pickles of before PyTorch 1.6, as far as their size tells."""
     numbers = {"a": torch.zeros(3, 1000), "b": torch.zeros(5)}
     for dtype in (torch.float16, torch.float32):
         weights = {name: tensor.to(dtype) for name, tensor in numbers.items()}
         save_file(weights, tmp_path / "weights.safetensors")
         torch.save(weights, tmp_path / "weights.bin")
         for name in ("weights.safetensors", "weights.bin"):
-            assert placement._numbers_in(tmp_path / name) == 3005
+            assert placement._numbers_in(tmp_path / name) == {"a": 3000, "b": 5}
     torch.save({"a": numbers["a"].half()}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
-    assert 3000 <= placement._numbers_in(tmp_path / "old.bin") < 3500
+    assert 3000 <= sum(placement._numbers_in(tmp_path / "old.bin").values()) < 3500
 
 
 def test_mini_fits_anywhere_and_show_1_not_in_a_small_computer(monkeypatch):
