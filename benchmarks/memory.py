@@ -1,8 +1,8 @@
 """The memory that each of placement's tiers takes, side by side: `python -m benchmarks.memory --help`.
 
-Every tier makes the same video in a few steps a stage, which take as much memory as many do; the peaks are those of
-PyTorch's allocator, `used` of the tensors and `reserved` of the blocks they lie in. The frames are held against those
-of the first tier.
+Every tier makes the same video, at once as often as it takes prompts, in a few steps a stage, which take as much memory
+as many do. The peaks are those of PyTorch's allocator, `used` of the tensors and `reserved` of the blocks they lie in.
+The frames are held against those of the first tier.
 """
 
 import argparse
@@ -23,12 +23,15 @@ from show_1.pipeline import check_device, default_dtype
 
 
 def measure(cascade: Cascade, tier: placement.Tier, device: torch.device, random: bool) -> tuple[dict, torch.Tensor]:
-    """Return a tier's {"seconds", "stages": {stage: {"peak_allocated_gb", …}}, …}, and its video."""
+    """Return a tier's {"seconds", "stages": {stage: {"peak_allocated_gb", …}}, …}, and its videos.
+
+    These are as many as the tier takes prompts at once, all of the same: (prompts, 3, frames, height, width).
+    """
     pipeline = models.load(cascade, device, default_dtype(device), random)
     placement.place(pipeline, tier, device)
     gc.collect()
     torch.cuda.empty_cache()
-    ours, clock, clips, stages = Ours(pipeline), Clock(device), {}, {}
+    ours, clock, clips, stages = Ours(pipeline, tier.prompts), Clock(device), {}, {}
     began = time.perf_counter()
     for stage in STAGES:
         clips[stage], stages[stage] = clock(lambda stage=stage: ours.run(stage, clips))
@@ -77,9 +80,10 @@ def _run(arguments: argparse.Namespace) -> None:
     reference = None
     try:
         for tier in placement.TIERS:
-            row, video = measure(few, tier, device, arguments.weights == "random")
-            reference = video if reference is None else reference
-            found["tiers"][tier.name] = row | {"card_gb": tier.memory, "difference": distance(video, reference)}
+            row, videos = measure(few, tier, device, arguments.weights == "random")
+            reference = videos[:1] if reference is None else reference
+            more = {"card_gb": tier.memory, "prompts": tier.prompts, "difference": distance(videos, reference)}
+            found["tiers"][tier.name] = row | more
             print(f"measured: {tier.name}", file=sys.stderr)
     except KeyboardInterrupt:
         print("Interrupted; what follows is of the finished tiers.", file=sys.stderr)

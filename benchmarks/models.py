@@ -10,6 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from show_1 import Show1Error, Show1Pipeline, hub, loading
 from show_1.cascade import BUNDLED, Cascade
 from show_1.models import UNet3DConditionModel
+from show_1.placement import dtype_of
 from show_1.stages import InterpolationPipeline, KeyframesPipeline, LatentUpscalePipeline, PixelUpscalePipeline
 
 # The released models' own configuration files, where the folder of the tests does not hold them already.
@@ -34,8 +35,8 @@ def _random_pipeline(cascade: Cascade, device: torch.device, dtype: torch.dtype)
                 "Leave out --weights random, or take the cascade show-1.",
             )
 
-    def model(model_class: type, config: dict) -> torch.nn.Module:
-        return random_model(model_class, config, device, dtype)
+    def model(model_class: type, config: dict, component: str = "unet") -> torch.nn.Module:
+        return random_model(model_class, config, device, dtype_of(component, dtype))
 
     def unet(name: str) -> UNet3DConditionModel:
         return model(UNet3DConditionModel, json.loads((UNETS / f"{name}.json").read_text()))
@@ -50,7 +51,7 @@ def _random_pipeline(cascade: Cascade, device: torch.device, dtype: torch.dtype)
         cascade,
         KeyframesPipeline(
             T5Tokenizer.from_pretrained(MINI / "show-1-base" / "tokenizer"),
-            model(T5EncoderModel, config("show-1-base/text_encoder")),
+            model(T5EncoderModel, config("show-1-base/text_encoder"), "text_encoder"),
             unet("show-1-base"),
             scheduler("show-1-base/scheduler"),
         ),
@@ -65,7 +66,7 @@ def _random_pipeline(cascade: Cascade, device: torch.device, dtype: torch.dtype)
         ),
         LatentUpscalePipeline(
             CLIPTokenizer.from_pretrained(MINI / "show-1-sr2" / "tokenizer"),
-            model(CLIPTextModel, config("show-1-sr2/text_encoder")),
+            model(CLIPTextModel, config("show-1-sr2/text_encoder"), "text_encoder"),
             model(AutoencoderKL, config("show-1-sr2/vae")),
             unet("show-1-sr2"),
             scheduler("show-1-sr2/scheduler"),
@@ -74,7 +75,10 @@ def _random_pipeline(cascade: Cascade, device: torch.device, dtype: torch.dtype)
 
 
 def random_model(model_class: type, config: dict, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """Return a model of this configuration, made on the device in this dtype, the same weights at each call."""
+    """Return a model of this configuration, made on the device, the same weights at each call.
+
+    It is in this dtype, and in float32 at the least where it would be so when loaded.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     torch.manual_seed(0)
@@ -88,8 +92,11 @@ def random_model(model_class: type, config: dict, device: torch.device, dtype: t
                 model = model_class.from_config(config)
     finally:
         torch.set_default_dtype(before)
-    # Temporal convolutions begin at zero, and so would add nothing to what is compared.
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     for name, parameter in model.named_parameters():
+        if kept & set(name.split(".")):
+            parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
+        # Temporal convolutions begin at zero, and so would add nothing to what is compared.
         if name.endswith("conv4.3.weight"):
             torch.nn.init.normal_(parameter, std=0.1 / parameter[0].numel() ** 0.5)
     return model.eval().requires_grad_(False)

@@ -23,23 +23,27 @@ PROMPT, SEED = "a panda jumping in the snow", 1
 
 
 class Ours:
-    """A pipeline as it is: the prompt encoded once, segments as one batch, models where `placement` has put them."""
+    """A pipeline as it is: the prompt encoded once, segments as one batch, models where `placement` has put them.
 
-    def __init__(self, pipeline: Show1Pipeline):
+    `prompts` is how many it makes videos of at once: all the same one, with the same seed.
+    """
+
+    def __init__(self, pipeline: Show1Pipeline, prompts: int = 1):
         self.pipeline, self.text = pipeline, None
+        self.prompts, self.seeds = [PROMPT] * prompts, [SEED] * prompts
 
     def run(self, stage: str, clips: dict[str, torch.Tensor]) -> torch.Tensor:
         """Run one stage on what the stages before it have made, and return what it makes."""
         if stage == "text":
             for hook in self.pipeline.offload_hooks:
                 hook.offload()
-            self.text = self.pipeline.keyframes.encode(PROMPT)
+            self.text = self.pipeline.keyframes.encode(self.prompts)
             return self.text.prompt
         return self.video_stage(stage, clips)
 
     def video_stage(self, stage: str, clips: dict[str, torch.Tensor]) -> torch.Tensor:
         pipeline, text = self.pipeline, self.text
-        settings = pipeline.cascade.stream_settings(stage) | {"seed": SEED}
+        settings = pipeline.cascade.stream_settings(stage) | {"seed": self.seeds}
         if stage == "keyframes":
             return pipeline.keyframes(text, **settings)
         if stage == "interpolation":
@@ -48,7 +52,7 @@ class Ours:
             return finish(pipeline.pixel_upscale.stream_first_frame(text, clips["interpolation"][:, :, 0], **settings))
         if stage == "pixel_upscale":
             return pipeline.pixel_upscale(text, clips["interpolation"], clips["first_frame"], **settings)
-        text = pipeline.latent_upscale.encode(PROMPT, pipeline.cascade.latent_upscale.negative_prompt)
+        text = pipeline.latent_upscale.encode(self.prompts, pipeline.cascade.latent_upscale.negative_prompt)
         return pipeline.latent_upscale(text, clips["pixel_upscale"], **settings)
 
     def interpolate(self, text: TextEmbeddings, keyframes: torch.Tensor, settings: dict) -> torch.Tensor:
@@ -79,7 +83,7 @@ class Original(Ours):
     def run(self, stage: str, clips: dict[str, torch.Tensor]) -> torch.Tensor:
         with diffusers_layers():
             if stage != "latent_upscale":  # which encodes with CLIP, as ours does
-                self.text = self.pipeline.keyframes.encode(PROMPT)
+                self.text = self.pipeline.keyframes.encode(self.prompts)
                 if stage != "keyframes":
                     self._free()
             made = self.video_stage(stage, clips)

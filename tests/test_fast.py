@@ -4,15 +4,16 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import cascade as benchmark
-from benchmarks import kernels
+from benchmarks import kernels, memory
 from benchmarks.models import load
-from show_1 import Cascade, Show1Error, Show1Pipeline
+from show_1 import Cascade, Show1Error, Show1Pipeline, placement
 from show_1.errors import exit_code
 from show_1.models import cpu_kernels
 from tests import tiny
@@ -256,10 +257,28 @@ def test_warming_up_takes_few_steps(name):
     assert int(short.latent_upscale.steps * short.latent_upscale.strength) >= 1
 
 
-def test_random_weights_are_those_of_the_released_size():
-    pipeline = load(Cascade.load("show-1-fast"), torch.device("meta"), torch.float16, random=True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_random_weights_are_as_large_as_the_released_ones_when_loaded(dtype):
+    pipeline = load(Cascade.load("show-1-fast"), torch.device("meta"), dtype, random=True)
     stages = (pipeline.keyframes, pipeline.interpolation, pipeline.pixel_upscale, pipeline.latent_upscale)
     models = [model for stage in stages for model in stage.components.values() if isinstance(model, torch.nn.Module)]
-    parameters = [parameter for model in models for parameter in model.parameters()]
-    assert {parameter.dtype for parameter in parameters} == {torch.float16}
-    assert round(sum(2 * parameter.numel() for parameter in parameters) / 1e9, 1) == 24.2  # GB
+    size = sum(parameter.nbytes for model in models for parameter in model.parameters())
+    assert round(size / 1e9, 1) == (26.2 if dtype == torch.float16 else 34.4)  # text encoders in float32
+    assert dtype == torch.bfloat16 or size <= placement.SHOW_1  # or its tiers would not take it
+    t5, unet = pipeline.keyframes.text_encoder, pipeline.keyframes.unet
+    assert t5.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == unet.conv_out.weight.dtype == torch.float32
+    assert unet.dtype == unet.conv_in.weight.dtype == dtype
+    assert t5.shared.weight.dtype == (torch.float16 if dtype == torch.float16 else torch.float32)
+
+
+def test_a_tier_is_measured_with_as_many_prompts_as_it_takes(monkeypatch, one_step_cascade):
+    class Clock(benchmark.Clock):
+        def __call__(self, work):
+            return work(), {"peak_allocated_gb": 1.0, "peak_reserved_gb": 2.0}
+
+    cascade = Cascade.load(one_step_cascade)
+    monkeypatch.setattr(memory, "Clock", Clock)
+    tier = replace(placement.IN_PLACE, prompts=3)
+    row, videos = memory.measure(cascade, tier, torch.device("cpu"), random=False)
+    assert videos.shape == (3, 3, 9, 14, 18) and row["peak_reserved_gb"] == 2
+    assert (videos - videos[:1]).abs().max() < 1e-4
