@@ -2,8 +2,9 @@
 
 Every round runs each stage the original's way, then ours, on the same input; after the warm-up rounds, which take a few
 steps a stage, the medians are taken. Seconds are wall clock, with the device's queue empty at both ends; TFLOP are
-counted by PyTorch, each kind of the original's calls once, in a warm-up round. An interrupted run keeps its finished
-rounds, or the finished stages of the first.
+counted by PyTorch, each kind of the original's calls once, in a warm-up round. A GPU's peak memory is ours with the
+models that stay there, and the original's without them: its own are in the computer's memory when a stage begins. An
+interrupted run keeps its finished rounds, or the finished stages of the first.
 """
 
 import argparse
@@ -39,18 +40,25 @@ class Clock:
     def __init__(self, device: torch.device):
         self.device = device
 
-    def __call__(self, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-        cuda = self.device.type == "cuda"
+    def __call__(
+        self, work: Callable[[], torch.Tensor], *, less_resident: bool = False
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Return what the work makes, and {"seconds", on a GPU "peak_allocated_gb" and "peak_reserved_gb"}.
+
+        With `less_resident`, the peaks are without what lay in the GPU's memory before.
+        """
+        cuda, resident = self.device.type == "cuda", 0
         if cuda:
             wait_for(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
+            resident = torch.cuda.memory_allocated(self.device) if less_resident else 0
         began = time.perf_counter()
         made = work()
         wait_for(self.device)
         told = {"seconds": time.perf_counter() - began}
         if cuda:
-            told["peak_allocated_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-            told["peak_reserved_gb"] = torch.cuda.max_memory_reserved(self.device) / 1e9
+            told["peak_allocated_gb"] = (torch.cuda.max_memory_allocated(self.device) - resident) / 1e9
+            told["peak_reserved_gb"] = (torch.cuda.max_memory_reserved(self.device) - resident) / 1e9
         return made, told
 
 
@@ -74,9 +82,13 @@ def compare(
             for stage in stages:
                 if stage != "text":
                     original.flops.total = 0
-                    theirs, this["original"][stage] = clock(lambda stage=stage: original.run(stage, clips))
+                    torch.cuda.empty_cache()  # what one way leaves with the allocator is not the other's
+                    theirs, this["original"][stage] = clock(
+                        lambda stage=stage: original.run(stage, clips), less_resident=True
+                    )
                     if getattr(original_cascade, stage) == getattr(our_cascade, stage):  # else ours is other work
                         tflop[stage] = original.flops.total / 1e12
+                torch.cuda.empty_cache()
                 mine, this["ours"][stage] = clock(lambda stage=stage: ours.run(stage, clips))
                 if stage != "text":
                     difference[stage] = distance(mine, theirs)

@@ -192,6 +192,30 @@ def test_kernels_that_cannot_be_compiled(monkeypatch, capsys, tmp_path):
     assert "false cannot compile them: it does not say why.\nOn a CPU, name a C++ compiler" in capsys.readouterr().err
 
 
+def _way(run) -> SimpleNamespace:
+    """A way of working whose stages are that function."""
+    pipeline = SimpleNamespace(cascade=Cascade.load("mini"), keyframes=SimpleNamespace(dtype=torch.float32))
+    return SimpleNamespace(pipeline=pipeline, run=run, flops=SimpleNamespace(total=0))
+
+
+def test_our_models_do_not_count_for_the_originals_peak_memory(monkeypatch):
+    """The allocator as it would be on a GPU: 24 GB of our models, and six more while a stage works."""
+    monkeypatch.setattr(benchmark, "wait_for", lambda device: None)
+    for name, size in (("memory_allocated", 24e9), ("max_memory_allocated", 30e9), ("max_memory_reserved", 33e9)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+
+    class Clock(benchmark.Clock):
+        def __call__(self, work, **how):
+            self.device = torch.device("cuda")
+            return super().__call__(work, **how)
+
+    way = _way(lambda stage, clips: torch.zeros(2))
+    found, _ = benchmark.compare(way, way, Clock(torch.device("cpu")), ["text", "keyframes"], rounds=1, warmups=1)
+    row = found["stages"]["keyframes"]
+    assert (row["original_peak_gb"], row["peak_gb"], row["peak_reserved_gb"]) == (6.0, 30.0, 33.0)
+
+
 def test_an_interrupted_benchmark_keeps_its_finished_rounds():
     rounds = [{"original": {"keyframes": {"seconds": 4.0}}, "ours": {"keyframes": {"seconds": 2.0}}}] * 3
     cold = {"original": {}, "ours": {"keyframes": {"seconds": 7.0}}}
@@ -219,16 +243,12 @@ def test_a_benchmark_interrupted_in_its_first_round_keeps_its_finished_stages(ca
             raise KeyboardInterrupt
         return torch.zeros(2)
 
-    def way() -> SimpleNamespace:
-        pipeline = SimpleNamespace(cascade=Cascade.load("mini"), keyframes=SimpleNamespace(dtype=torch.float32))
-        return SimpleNamespace(pipeline=pipeline, run=run, flops=SimpleNamespace(total=0))
-
     clock, stages = benchmark.Clock(torch.device("cpu")), ["text", "keyframes", "interpolation"]
     if kept is None:
         with pytest.raises(Show1Error, match="No stage"):
-            benchmark.compare(way(), way(), clock, stages, rounds=2, warmups=1)
+            benchmark.compare(_way(run), _way(run), clock, stages, rounds=2, warmups=1)
     else:
-        found, video = benchmark.compare(way(), way(), clock, stages, rounds=2, warmups=1)
+        found, video = benchmark.compare(_way(run), _way(run), clock, stages, rounds=2, warmups=1)
         assert ([*found["stages"]], found["rounds"], video) == (*kept, None)
         assert found["ratio"] > 0
 
