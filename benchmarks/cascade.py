@@ -3,21 +3,22 @@
 Every round runs each stage the original's way, then ours, on the same input; after the warm-up rounds, which take a few
 steps a stage, the medians are taken. Seconds are wall clock, with the device's queue empty at both ends; TFLOP are
 counted by PyTorch, each kind of the original's calls once, in a warm-up round. A GPU's peak memory is ours with the
-models that stay there, and the original's without them: its own are in the computer's memory when a stage begins. An
-interrupted run keeps its finished rounds, or the finished stages of the first.
+models that stay there, and the original's without them: its own are in the computer's memory when a stage begins. A run
+that is broken off, or finds the GPU's memory full, keeps its finished rounds, or the finished stages of the first.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
-import os
 import platform
 import resource
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from benchmarks import models
 from benchmarks.ways import STAGES, Original, Ours, made_up_clips
 from show_1 import Cascade, Show1Error, hub, placement
 from show_1.command_line import DTYPES
-from show_1.errors import exit_code
+from show_1.errors import check_outputs, exit_code
 from show_1.pipeline import check_device, default_cascade, default_dtype
 from show_1.timing import wait_for
 
@@ -67,13 +68,13 @@ def compare(
 ) -> tuple[dict, torch.Tensor | None]:
     """Return what `rounds` rounds after `warmups` have told, see `summary`, and the last clip that was made.
 
-    Interrupted, it returns no clip.
+    Broken off, it returns no clip; raises Show1Error if no stage after the warm-ups is finished then.
     """
     original_cascade, our_cascade = original.pipeline.cascade, ours.pipeline.cascade
     clips = made_up_clips(our_cascade, clock.device, ours.pipeline.keyframes.dtype)
     told: list[dict] = []  # of each round, of its stages so far: {"ours": {stage: {...}}, "original": {...}}
     tflop, difference = {}, {}
-    try:
+    with keeping("what was finished"):
         for number in range(warmups + rounds):
             for way, cascade in ((original, original_cascade), (ours, our_cascade)):
                 way.pipeline.cascade = in_few_steps(cascade) if number < warmups else cascade
@@ -94,14 +95,12 @@ def compare(
                     difference[stage] = distance(mine, theirs)
                     clips[stage] = mine
             print(f"round {number + 1} of {warmups + rounds}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("Interrupted; what follows is of what was finished.", file=sys.stderr)
-        if len(told) > warmups + 1:
-            del told[-1]
-        else:
-            stages = [stage for stage in stages if stage in told[-1]["ours"]] if len(told) > warmups else []
-        return summary(told[warmups:], told[:warmups], stages, tflop, difference), None
-    return summary(told[warmups:], told[:warmups], stages, tflop, difference), clips[stages[-1]]
+        return summary(told[warmups:], told[:warmups], stages, tflop, difference), clips[stages[-1]]
+    if len(told) > warmups + 1:
+        del told[-1]
+    else:
+        stages = [stage for stage in stages if stage in told[-1]["ours"]] if len(told) > warmups else []
+    return summary(told[warmups:], told[:warmups], stages, tflop, difference), None
 
 
 def in_few_steps(cascade: Cascade, steps: int = 6) -> Cascade:
@@ -165,7 +164,7 @@ def measure_by_measure(
     The distance is the peak signal-to-noise ratio to the exact cascade's video of the same seed, in decibels.
     """
     rows = {"exact": {"seconds": exact_seconds, "speed": 1.0}}
-    try:
+    with keeping("the finished measures"):
         for name, cascade in measures(fast, ours.pipeline.cascade).items():
             ours.pipeline.cascade = in_few_steps(cascade)
             whole_video(ours)
@@ -175,8 +174,6 @@ def measure_by_measure(
             psnr = distance(made[-1][0], exact_video)["psnr_db"]
             rows[name] = {"seconds": seconds, "speed": exact_seconds / seconds, "psnr_db": psnr}
             print(f"measured: {name.replace('_', ' ')}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("Interrupted; what follows is of the finished measures.", file=sys.stderr)
     return rows
 
 
@@ -327,7 +324,7 @@ def _run(arguments: argparse.Namespace) -> None:
     random = arguments.weights == "random"
     if random and device.type == "cpu":
         raise Show1Error("Full-size models take hours on a CPU.", "Run this where a GPU is, or take the cascade mini.")
-    check_writable(arguments.json, arguments.plot)
+    check_outputs(arguments.json, arguments.plot)
     dtype = DTYPES.get(arguments.dtype) or default_dtype(device)
 
     began = time.perf_counter()
@@ -369,11 +366,20 @@ def _run(arguments: argparse.Namespace) -> None:
         plot(found, arguments.plot)
 
 
-def check_writable(*files: Path | None) -> None:
-    """Raise Show1Error for a file that cannot be written, before the work rather than after it."""
-    for file in filter(None, files):
-        if not os.access(file.parent, os.W_OK):
-            raise Show1Error(f"{file} cannot be written.", "Name a file in a folder that is there and yours.")
+@contextlib.contextmanager
+def keeping(what: str) -> Iterator[None]:
+    """End the work in it, and not the program, on Ctrl-C, SIGTERM (of `timeout`) or when the GPU's memory is full.
+
+    Then it says that what follows is of `what`.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
+        why = "The GPU's memory is full" if isinstance(error, torch.OutOfMemoryError) else "Interrupted"
+        print(f"{why}; what follows is of {what}.", file=sys.stderr)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _device_name(device: torch.device) -> str:

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import models
-from benchmarks.cascade import Clock, check_writable, distance, in_few_steps
+from benchmarks.cascade import Clock, distance, in_few_steps, keeping
 from benchmarks.ways import STAGES, Ours
 from show_1 import Cascade, Show1Error, placement
-from show_1.errors import exit_code
+from show_1.errors import check_outputs, exit_code
 from show_1.pipeline import check_device, default_dtype
 
 
@@ -67,7 +67,7 @@ def _run(arguments: argparse.Namespace) -> None:
     device = check_device(None)
     if device.type != "cuda":
         raise Show1Error("The tiers share the memory of a GPU, and there is none.", "Run this where one is.")
-    check_writable(arguments.json)
+    check_outputs(arguments.json)
     cascade = Cascade.load(arguments.cascade)
     few = in_few_steps(cascade, steps=2)
     found = {
@@ -78,15 +78,15 @@ def _run(arguments: argparse.Namespace) -> None:
         "tiers": {},
     }
     reference = None
-    try:
+    with keeping("the finished tiers"):
         for tier in placement.TIERS:
             row, videos = measure(few, tier, device, arguments.weights == "random")
             reference = videos[:1] if reference is None else reference
             more = {"card_gb": tier.memory, "prompts": tier.prompts, "difference": distance(videos, reference)}
             found["tiers"][tier.name] = row | more
             print(f"measured: {tier.name}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("Interrupted; what follows is of the finished tiers.", file=sys.stderr)
+    if not found["tiers"]:
+        raise Show1Error("No tier is finished.", "Let it run longer, on a GPU whose memory is free.")
     print(table(found))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -23,40 +23,66 @@ from urllib.request import Request, urlopen
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from benchmarks.cascade import keeping
+from show_1 import Cascade, Show1Error
+from show_1.errors import check_outputs, exit_code
+
 ROOT = Path(__file__).parents[1]
 PROMPT = "a panda jumping in the snow"
 PATIENCE = 3600  # seconds; a guard against hanging
 QUARTERS = (0.25, 0.5, 0.75)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description=__doc__.splitlines()[0])
     parser.add_argument("--cascade", default="mini")
     parser.add_argument("--rounds", type=int, default=10, help="videos each way, half as many for the time left")
     parser.add_argument("--json", metavar="FILE", type=Path, help="keep the figures there")
-    arguments = parser.parse_args()
+    return exit_code(lambda: _run(parser.parse_args()))
 
-    figures: dict[str, Any] = {"cascade": arguments.cascade}
-    with sync_playwright() as playwright:
+
+def _run(arguments: argparse.Namespace) -> None:
+    check_outputs(arguments.json)
+    Cascade.load(arguments.cascade)  # what is wrong with it is said here, not by a server that does not answer
+    figures: dict[str, Any] = {}
+    with keeping("the finished figures"):
+        measure(arguments.cascade, arguments.rounds, figures)
+    if not figures:
+        raise Show1Error("No figure is finished.", "Let it run longer.")
+    print(told(figures))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"cascade": arguments.cascade} | figures, indent=1) + "\n")
+
+
+def measure(cascade: str, rounds: int, figures: dict[str, Any]) -> None:
+    """Measure all that the page costs; each figure is put into `figures` as soon as it is there."""
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder, serve(cascade, Path(folder)) as url:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        with tempfile.TemporaryDirectory() as folder, serve(arguments.cascade, Path(folder)) as url:
-            figures["usable_seconds"] = until_usable(browser, url)
-            # Asked at once, while the models load: the very first run of this computer.
-            figures["time_left"] = [time_left(url)]
-            figures["time_left"] += [time_left(url) for _ in range(max(arguments.rounds // 2 - 1, 1))]
-            figures["cancel_to_next_step_seconds"] = cancel_to_next_step(browser, url)
-            figures |= against_the_command(arguments.cascade, arguments.rounds, browser, url, Path(folder))
+        figures["usable_seconds"] = until_usable(browser, url)
+        # Asked at once, while the models load: the very first run of this computer.
+        for _ in range(1 + max(rounds // 2 - 1, 1)):
+            figures["time_left"] = [*figures.get("time_left", ()), time_left(url)]
+        figures["cancel_to_next_step_seconds"] = cancel_to_next_step(browser, url)
+        figures |= against_the_command(cascade, rounds, browser, url, Path(folder))
         browser.close()
 
-    print(f"usable after the server answers: {figures['usable_seconds']:.2f} s")
-    print(f"from cancel to the next job's first step: {figures['cancel_to_next_step_seconds']:.2f} s")
-    print(f"a video by the command: {figures['command_seconds']:.2f} s, by the page: {figures['page_seconds']:.2f} s")
-    print(f"page to command: {figures['page_to_command']:.3f}")
-    print("time left told, against the true rest, at a quarter, half and three quarters of the way:")
-    for number, errors in enumerate(figures["time_left"], 1):
-        print(f"  run {number}: {', '.join('none' if e is None else f'{100 * e:+.0f} %' for e in errors)}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+def told(figures: dict[str, Any]) -> str:
+    """Return the figures that are there in sentences."""
+    sentences = {
+        "usable_seconds": "usable after the server answers: {:.2f} s",
+        "cancel_to_next_step_seconds": "from cancel to the next job's first step: {:.2f} s",
+        "command_seconds": "a video by the command: {:.2f} s",
+        "page_seconds": "a video by the page: {:.2f} s",
+        "page_to_command": "page to command: {:.3f}",
+    }
+    lines = [sentence.format(figures[name]) for name, sentence in sentences.items() if name in figures]
+    if "time_left" in figures:
+        lines.append("time left told, against the true rest, at a quarter, half and three quarters of the way:")
+        for number, errors in enumerate(figures["time_left"], 1):
+            shown = ", ".join("none" if error is None else f"{100 * error:+.0f} %" for error in errors)
+            lines.append(f"  run {number}: {shown}")
+    return "\n".join(lines)
 
 
 @contextmanager
@@ -199,4 +225,4 @@ def _answers(url: str) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

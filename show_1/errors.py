@@ -1,7 +1,9 @@
 """The one exception that users meet: what is wrong, and what to do about it; and how commands tell it."""
 
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 class Show1Error(Exception):
@@ -23,6 +25,13 @@ class Show1Error(Exception):
 def first_line(error: Exception) -> str:
     """Return what a library's error says, as part of a sentence; some say nothing but their name, some a page."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def check_outputs(*files: Path | None) -> None:
+    """Raise Show1Error for a file that cannot be written, before the work rather than after it."""
+    for file in filter(None, files):
+        if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise Show1Error(f"{file} cannot be written.", "Name a file in a folder that is there and yours.")
 
 
 def exit_code(command: Callable[[], int | None], *, debug: bool = False) -> int:

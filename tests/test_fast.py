@@ -1,17 +1,20 @@
 """Measures that trade exactness for speed do what they say; the benchmark runs and tells the truth about two ways."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 from benchmarks import cascade as benchmark
-from benchmarks import kernels, memory
+from benchmarks import kernels, memory, page
 from benchmarks.models import load
 from show_1 import Cascade, Show1Error, Show1Pipeline, placement
 from show_1.errors import exit_code
@@ -151,6 +154,7 @@ def test_measures_one_by_one():
         (["--cascade", "mini", "--measures", "--stages", "keyframes"], "Only whole videos"),
         (["--cascade", "mini", "--device", "cpu", "--memory", "lots"], "memory cannot be 'lots'"),
         (["--cascade", "mini", "--device", "cpu", "--json", "nowhere/found.json"], "nowhere"),
+        (["--cascade", "mini", "--device", "cpu", "--json", "."], "Name a file"),
     ],
 )
 def test_bad_input(monkeypatch, capsys, arguments, words):
@@ -190,6 +194,14 @@ def test_kernels_that_cannot_be_compiled(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cpu_kernels, "_function", lambda *_: cpu_kernels._compile(["false"], tmp_path / "kernels.so"))
     assert exit_code(kernels._run) == 2
     assert "false cannot compile them: it does not say why.\nOn a CPU, name a C++ compiler" in capsys.readouterr().err
+
+
+def _interrupted():
+    raise KeyboardInterrupt
+
+
+def _out_of_memory():
+    raise torch.OutOfMemoryError
 
 
 def _way(run) -> SimpleNamespace:
@@ -235,12 +247,13 @@ def test_an_interrupted_benchmark_keeps_its_finished_rounds():
         (10, (["text", "keyframes", "interpolation"], 1)),  # in the second round
     ],
 )
-def test_a_benchmark_interrupted_in_its_first_round_keeps_its_finished_stages(calls, kept):
+@pytest.mark.parametrize("end", [lambda: os.kill(os.getpid(), signal.SIGTERM), _interrupted, _out_of_memory])
+def test_a_benchmark_broken_off_in_its_first_round_keeps_its_finished_stages(end, calls, kept):
     runs = iter(range(calls))
 
     def run(stage: str, clips: dict) -> torch.Tensor:
         if stage != "text" and next(runs, None) is None:
-            raise KeyboardInterrupt
+            end()
         return torch.zeros(2)
 
     clock, stages = benchmark.Clock(torch.device("cpu")), ["text", "keyframes", "interpolation"]
@@ -268,6 +281,47 @@ def test_an_interrupted_benchmark_keeps_its_finished_measures(monkeypatch):
     rows = benchmark.measure_by_measure(fast, ours, torch.zeros(2), 8.0, clock, rounds=1)
     assert list(rows) == ["exact", "steps"]
     assert rows["exact"]["speed"] == 1 and round(rows["steps"]["psnr_db"], 1) == 6.0  # half of the range off
+
+
+@pytest.mark.parametrize("finished", [0, 1])
+def test_an_interrupted_memory_benchmark_keeps_its_finished_tiers(monkeypatch, capsys, finished):
+    """As if there were a GPU, whose memory is full at the next tier."""
+    row = {"peak_allocated_gb": 1.0, "peak_reserved_gb": 2.0}
+    made = iter([(row | {"stages": {"text": row}}, torch.zeros(2, 3, 1, 2, 2))] * finished)
+    monkeypatch.setattr(memory, "check_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(memory, "measure", lambda *_: next(made, None) or _out_of_memory())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(sys, "argv", ["benchmarks.memory"])
+    assert memory.main() == (0 if finished else 2)
+    printed = capsys.readouterr()
+    assert "The GPU's memory is full; what follows is of the finished tiers." in printed.err
+    assert ("| all on the GPU | 40 | 1.00 | 2.00 |" in printed.out) == bool(finished)
+
+
+def _page(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["benchmarks.page", *arguments])
+    return page.main()
+
+
+def test_the_pages_benchmark_of_what_is_none(monkeypatch, capsys):
+    assert _page(monkeypatch, "--cascade", "nothing") == 2 and "nothing" in capsys.readouterr().err
+    assert _page(monkeypatch, "--json", ".") == 2 and "Name a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("videos", [0, 1])
+def test_the_pages_benchmark_keeps_its_finished_figures(monkeypatch, capsys, tmp_path, videos):
+    file, made = tmp_path / "page.json", iter([[0.1, None, -0.2]] * videos)
+    monkeypatch.setattr(page, "sync_playwright", mock.MagicMock())
+    monkeypatch.setattr(page, "serve", mock.MagicMock())
+    monkeypatch.setattr(page, "until_usable", lambda browser, url: 1.5)
+    monkeypatch.setattr(page, "time_left", lambda url: next(made, None) or _interrupted())
+    assert _page(monkeypatch, "--json", str(file)) == 0
+    printed = capsys.readouterr()
+    assert "what follows is of the finished figures" in printed.err
+    assert "usable after the server answers: 1.50 s" in printed.out and "by the page" not in printed.out
+    assert ("run 1: +10 %, none, -20 %" in printed.out) == bool(videos)
+    found = json.loads(file.read_text())
+    assert found["usable_seconds"] == 1.5 and len(found.get("time_left", ())) == videos
 
 
 @pytest.mark.parametrize("name", ["show-1", "show-1-fast", "mini", "mini-fast"])
