@@ -314,11 +314,15 @@ def _run(arguments: argparse.Namespace) -> None:
     cascade = Cascade.load(name)
     # The original knows no measures: a fast cascade is held against the exact one that it is made of.
     exact = Cascade.load(name.removesuffix("-fast")) if name in Cascade.names() else cascade
-    stages = ["text", *(part.strip() for part in arguments.stages.split(","))]
+    stages = list(dict.fromkeys(["text", *(part.strip() for part in arguments.stages.split(","))]))
     if unknown := set(stages) - set(STAGES):
         raise Show1Error(f"There is no stage {sorted(unknown)[0]!r}.", f"Known are {', '.join(STAGES[1:])}.")
-    if arguments.rounds < 1 or arguments.warmups < 0:
-        raise Show1Error("There must be a round to measure.", "Give --rounds 1 or more, --warmups 0 or more.")
+    if stages == ["text"]:
+        raise Show1Error("The prompt alone is not compared.", f"Give some of {', '.join(STAGES[1:])}.")
+    if arguments.rounds < 1 or arguments.warmups < 1:  # in which the work is counted
+        raise Show1Error(
+            "There must be a round to measure and one before it.", "Give --rounds and --warmups 1 or more."
+        )
     if arguments.measures and (f"{name}-fast" not in Cascade.names() or stages != list(STAGES)):
         raise Show1Error("Only whole videos of a cascade with a fast preset have measures.", "Take show-1 or mini.")
     random = arguments.weights == "random"

@@ -130,9 +130,12 @@ def test_both_ways_give_the_same_video(monkeypatch, one_step_cascade, tmp_path, 
 
 def test_a_fast_stage_is_not_told_to_do_the_exact_ones_work(monkeypatch, tmp_path):
     file = tmp_path / "found.json"
-    settings = ["--cascade", "mini-fast", "--device", "cpu", "--stages", "first_frame", "--warmups", 0, "--rounds", 1]
+    stages = "text,first_frame, first_frame"  # one that is named twice is run once
+    settings = ["--cascade", "mini-fast", "--device", "cpu", "--stages", stages, "--warmups", 1, "--rounds", 1]
     assert _benchmark(monkeypatch, *settings, "--json", file) == 0
-    row = json.loads(file.read_text())["stages"]["first_frame"]
+    found = json.loads(file.read_text())
+    row = found["stages"]["first_frame"]
+    assert found["original_seconds"] == row["original_seconds"]
     assert row["original_seconds"] > 0 and "tflops" not in row and "tflop" not in row
 
 
@@ -149,7 +152,9 @@ def test_measures_one_by_one():
     [
         (["--cascade", "show-1", "--weights", "random", "--device", "cpu"], "take hours on a CPU"),
         (["--cascade", "mini", "--stages", "nothing"], "no stage 'nothing'"),
-        (["--cascade", "mini", "--rounds", "0"], "--rounds 1"),
+        (["--cascade", "mini", "--stages", "text"], "Give some of keyframes, interpolation"),
+        (["--cascade", "mini", "--rounds", "0"], "Give --rounds"),
+        (["--cascade", "mini", "--warmups", "0"], "and --warmups 1 or more"),
         (["--cascade", "mini-fast", "--measures"], "with a fast preset"),
         (["--cascade", "mini", "--measures", "--stages", "keyframes"], "Only whole videos"),
         (["--cascade", "mini", "--device", "cpu", "--memory", "lots"], "memory cannot be 'lots'"),
