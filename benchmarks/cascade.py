@@ -10,6 +10,7 @@ that is broken off, or finds the GPU's memory full, keeps its finished rounds, o
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import json
 import math
 import platform
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -257,12 +259,17 @@ def table(found: dict) -> str:
     return "\n".join(lines)
 
 
+def pyplot() -> ModuleType:
+    """Return what plots are drawn with; raise Show1Error where it is missing."""
+    try:
+        return importlib.import_module("matplotlib.pyplot")
+    except ImportError:
+        raise Show1Error("The plot needs matplotlib.", "Run: pip install -r requirements-benchmarks.txt") from None
+
+
 def plot(found: dict, file: Path) -> None:
     """Draw the seconds of both ways, a pair of bars a stage."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise Show1Error("The plot needs matplotlib.", "pip install -r requirements-benchmarks.txt") from None
+    plt = pyplot()
     stages = [stage for stage in found["stages"] if stage != "text"]
     places = np.arange(len(stages))
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
@@ -329,6 +336,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if random and device.type == "cpu":
         raise Show1Error("Full-size models take hours on a CPU.", "Run this where a GPU is, or take the cascade mini.")
     check_outputs(arguments.json, arguments.plot)
+    if arguments.plot is not None:
+        pyplot()
     dtype = DTYPES.get(arguments.dtype) or default_dtype(device)
 
     began = time.perf_counter()

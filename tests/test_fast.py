@@ -167,6 +167,13 @@ def test_bad_input(monkeypatch, capsys, arguments, words):
     assert words in capsys.readouterr().err
 
 
+def test_a_plot_without_matplotlib_is_refused_at_once(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(benchmark, "compare", None)
+    assert _benchmark(monkeypatch, "--cascade", "mini", "--device", "cpu", "--plot", "mini.png") == 2
+    assert "requirements-benchmarks.txt" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_what_needs_a_gpu_says_so():
     run = subprocess.run([sys.executable, "-m", "benchmarks.memory"], capture_output=True, text=True)
