@@ -3,10 +3,12 @@
 import contextlib
 import errno
 import json
+import os
 import re
 import shutil
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,7 +99,7 @@ def test_a_vocabulary_is_whole_or_not_there(tmp_path, monkeypatch):
 
     for make, folder in ((stages.t5_tokenizer, "show-1-base"), (stages.clip_tokenizer, "show-1-sr2")):
         monkeypatch.setattr(json, "dumps", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(Show1Error, match=r"No space left on device\. Free some space"):
             make()
         assert not (tmp_path / folder / "tokenizer").exists()
         monkeypatch.setattr(json, "dumps", real)
@@ -193,6 +195,44 @@ def test_a_full_disk_loses_nothing(folders, monkeypatch):
     T5EncoderModel.from_pretrained(folders / "mini/show-1-base/text_encoder")
 
 
+def test_a_full_disk_at_the_start_loses_nothing_and_is_told(folders, monkeypatch, capsys):
+    train._export_schedulers()
+    train._export_words()
+    before = {name: (folders / name).read_bytes() for name in _files(folders)}
+    assert sum(name.endswith("scheduler_config.json") for name in before) == 7 and "mini/words.txt" in before
+    written = []
+
+    def full(path, content):
+        written.append(path.name)
+        path.write_text("half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "argv", ["training.train", "--minutes", "1", "--processes", "1"])
+    for export in ("_export_schedulers", "_export_words"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_bytes", full)
+            for other in {"_export_schedulers", "_export_words"} - {export}:
+                patch.setattr(train, other, lambda: None)
+            assert exit_code(train.main) == 2
+        assert "No space left on device.\nFree some space" in capsys.readouterr().err
+    assert written == [".scheduler_config.json.part", ".words.txt.part"]
+    assert {name: (folders / name).read_bytes() for name in _files(folders) if name != "log.jsonl"} == before
+
+
+def test_a_judge_that_cannot_be_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "WEIGHTS", tmp_path / "judge.safetensors")
+    none = torch.zeros(1, dtype=torch.long)
+    batch = {"clip": torch.rand(1, 3, 8, 80, 144), "objects": torch.zeros(1, 50), "place": none, "motion": none}
+    batch |= {"two": [0], "sides": torch.zeros(2, 1, dtype=torch.long)}
+    monkeypatch.setattr(judge, "DataLoader", lambda *_, **__: [batch] * 2)  # the time is over at the second
+    judge.train(1e-6)
+    before = judge.WEIGHTS.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EDQUOT, "Disk quota exceeded")))
+    with pytest.raises(Show1Error, match=r"Disk quota exceeded\. Free some space"):
+        judge.train(1e-6)
+    assert judge.WEIGHTS.read_bytes() == before and _files(tmp_path) == ["judge.safetensors"]
+
+
 def test_what_is_said_to_be_done_has_been_exported(folders, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "_export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -211,9 +251,12 @@ def test_a_stage_that_trains_on_makes_those_after_it_start_anew(folders):
     assert {"pictures.pt", "interpolation.pt"} == {file.name for file in (folders / "runs").glob("*.pt")}
 
 
-def test_a_checkpoint_of_another_configuration(folders):
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_checkpoint_of_another_configuration_or_none(folders, empty):
     (folders / "runs").mkdir()
     torch.save({"models": {"text_encoder": {}, "reader": {}}}, folders / "runs" / "text.pt")
+    if empty:
+        (folders / "runs" / "text.pt").write_bytes(b"")
     with pytest.raises(Show1Error, match=r"text\.pt does not fit"):
         train.run("text", 0.1, 0, CPU)
 

@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.data import DataLoader
 
 from show_1.errors import Show1Error, exit_code
-from training import world
+from show_1.timing import write_atomically
+from training import models, world
 from training.batches import FULL, KEYFRAME_TIMES, SMALL, Batches, labels
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
@@ -152,7 +153,10 @@ def load() -> Judge:
 
 
 def train(minutes: float) -> None:
-    """Train for so many minutes, from the saved weights where there are some; save once a minute."""
+    """Train for so many minutes, from the saved weights where there are some; save once a minute.
+
+    Raises Show1Error where they cannot be saved.
+    """
     judge = load() if WEIGHTS.exists() else Judge()
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.01)
     began = saved = time.monotonic()
@@ -172,9 +176,8 @@ def train(minutes: float) -> None:
         optimizer.step()
         if share == 1 or time.monotonic() - saved > 60:
             print(f"step {step}, {100 * share:.0f} %, loss {loss.item():.3f}", flush=True)
-            temporary = WEIGHTS.with_suffix(".part")
-            save_file({name: weight.half() for name, weight in judge.state_dict().items()}, temporary)
-            os.replace(temporary, WEIGHTS)
+            with models.telling_what_cannot_be_saved():
+                write_atomically(WEIGHTS, save({name: weight.half() for name, weight in judge.state_dict().items()}))
             saved = time.monotonic()
         if share == 1:
             return

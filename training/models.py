@@ -14,10 +14,12 @@ from pathlib import Path
 import sentencepiece
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
+from show_1.errors import Show1Error, first_line
 from show_1.models import UNet3DConditionModel
 
 TEXT_WIDTH = 128
@@ -246,7 +248,10 @@ def image_noising_scheduler() -> DDPMScheduler:
 
 
 def train_t5_tokenizer(captions: Iterable[str], folder: Path) -> T5Tokenizer:
-    """Learn a SentencePiece vocabulary from captions; save it as `spiece.model` in the folder."""
+    """Learn a SentencePiece vocabulary from captions; save it as `spiece.model` in the folder.
+
+    Raises Show1Error where it cannot be saved.
+    """
     learned = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(captions),
@@ -268,7 +273,10 @@ def train_t5_tokenizer(captions: Iterable[str], folder: Path) -> T5Tokenizer:
 
 
 def train_clip_tokenizer(captions: Iterable[str], folder: Path) -> CLIPTokenizer:
-    """Learn a byte-pair vocabulary from captions; save it in CLIP's form in the folder."""
+    """Learn a byte-pair vocabulary from captions; save it in CLIP's form in the folder.
+
+    Raises Show1Error where it cannot be saved.
+    """
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(False)])
     learner.decoder = decoders.ByteLevel()
@@ -295,6 +303,19 @@ def _made_whole(folder: Path) -> Iterator[Path]:
     """Give a folder to fill, which bears its name only once it is full: there may be no half of one."""
     making = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(making, ignore_errors=True)
-    making.mkdir(parents=True)
-    yield making
-    os.replace(making, folder)
+    with telling_what_cannot_be_saved():
+        making.mkdir(parents=True)
+        yield making
+        os.replace(making, folder)
+
+
+@contextlib.contextmanager
+def telling_what_cannot_be_saved() -> Iterator[None]:
+    """Raise Show1Error where what is saved in it cannot be: on a full disk, for one."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch says a full disk with a RuntimeError
+        raise Show1Error(
+            f"The training cannot be saved: {first_line(error)}.",
+            "Free some space and start again: all that was saved before is whole.",
+        ) from error

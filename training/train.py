@@ -10,7 +10,6 @@ weights in show_1/mini.
 """
 
 import argparse
-import contextlib
 import copy
 import json
 import os
@@ -20,22 +19,22 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import diffusers
 import torch
 import torch.nn.functional as F
+from diffusers import SchedulerMixin
 from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor, AttnProcessor
 from PIL import Image
-from safetensors import SafetensorError
 from torch import distributed, multiprocessing, nn
 from torch.utils.data import DataLoader
 
-from show_1.errors import Show1Error, exit_code
+from show_1.errors import Show1Error, exit_code, first_line
 from show_1.models import channels_last
 from show_1.models.attention import TextAttention
 from show_1.pipeline import check_device
+from show_1.timing import write_atomically
 from training import models, stages, world
 from training.batches import Batches, painted_on
 
@@ -109,7 +108,7 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
                     entry["evaluation"] = round(stage.evaluate(average, device), 5)
                     drawn = stage.sample(average, batch) if stage.sample is not None else None
                     sheeted = now
-            with _telling_what_cannot_be_saved(checkpoint):
+            with models.telling_what_cannot_be_saved():
                 for key, folder in stage.folders.items():
                     _export(average[key], stages.MINI / folder)
                 if drawn is not None:
@@ -196,17 +195,6 @@ def _move_average(average: dict[str, nn.Module], trained: dict[str, nn.Module], 
         torch._foreach_lerp_(list(model.parameters()), fast, 1 - decay)
 
 
-@contextlib.contextmanager
-def _telling_what_cannot_be_saved(checkpoint: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch says a full disk with a RuntimeError
-        raise Show1Error(
-            f"The training cannot be saved: {str(error).splitlines()[0]}",
-            f"Free some space and start again: {checkpoint} and the weights as they were are whole.",
-        ) from error
-
-
 Models = dict[str, nn.Module]
 Optimizers = list[torch.optim.Optimizer]
 
@@ -243,9 +231,9 @@ def _resume(checkpoint: Path, trained: Models, average: Models, optimizers: Opti
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         return state["step"], state["seconds"]
-    except (RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+    except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:  # it may be cut short
         raise Show1Error(
-            f"{checkpoint} does not fit this stage: {str(error).splitlines()[0]}",
+            f"{checkpoint} does not fit this stage: {first_line(error)}.",
             f"Remove it to start that stage from the weights in {stages.MINI}.",
         ) from None
 
@@ -288,15 +276,20 @@ def _export(model: nn.Module, folder: Path) -> None:
 
 def _export_schedulers() -> None:
     for folder in ("show-1-base", "show-1-interpolation", "show-1-sr1", "IF-II-L"):
-        models.scheduler(thresholding=True).save_pretrained(stages.MINI / folder / "scheduler")
+        _export_scheduler(models.scheduler(thresholding=True), stages.MINI / folder / "scheduler")
     for folder in ("show-1-sr1", "IF-II-L"):
-        models.image_noising_scheduler().save_pretrained(stages.MINI / folder / "image_noising_scheduler")
-    models.scheduler(thresholding=False).save_pretrained(stages.MINI / "show-1-sr2" / "scheduler")
+        _export_scheduler(models.image_noising_scheduler(), stages.MINI / folder / "image_noising_scheduler")
+    _export_scheduler(models.scheduler(thresholding=False), stages.MINI / "show-1-sr2" / "scheduler")
+
+
+def _export_scheduler(scheduler: SchedulerMixin, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / scheduler.config_name, scheduler.to_json_string().encode())
 
 
 def _export_words() -> None:
     """Save what the page and the command line call known words."""
-    (stages.MINI / "words.txt").write_text("\n".join(sorted(world.vocabulary())) + "\n")
+    write_atomically(stages.MINI / "words.txt", ("\n".join(sorted(world.vocabulary())) + "\n").encode())
 
 
 def _log(**entry) -> None:
@@ -324,14 +317,16 @@ def main() -> None:
     world.sprites()  # a missing font is said here, not by a worker
     processes = arguments.processes or (4 if device.type == "cuda" else os.cpu_count() or 1)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    _log(
-        command=" ".join(["python -m training.train", *sys.argv[1:]]),
-        seed=arguments.seed,
-        device=f"{name}, {processes} processes",
-        versions={"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()},
-    )
-    _export_schedulers()
-    _export_words()
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
+    with models.telling_what_cannot_be_saved():
+        _log(
+            command=" ".join(["python -m training.train", *sys.argv[1:]]),
+            seed=arguments.seed,
+            device=f"{name}, {processes} processes",
+            versions=versions,
+        )
+        _export_schedulers()
+        _export_words()
     if processes == 1:
         _train(0, None, arguments, device)
         return
