@@ -241,6 +241,16 @@ def test_what_is_said_to_be_done_has_been_exported(folders, monkeypatch):
     assert (folders / "mini/show-1-base/text_encoder/model.safetensors").exists()
 
 
+def test_what_is_evaluated_has_been_saved(folders, monkeypatch):
+    """An evaluation takes long: a run that is broken off in one loses nothing by it."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stages.Stage, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        train.run("text", 0.02, 0, CPU)
+    assert {"runs/text.pt", "mini/show-1-base/text_encoder/model.safetensors"} <= set(_files(folders))
+    train.run("text", 0.02, 0, CPU)  # has had its time: nothing more to do
+    assert not (folders / "log.jsonl").exists()
+
+
 def test_a_stage_that_trains_on_makes_those_after_it_start_anew(folders):
     """Of the stages of one UNet: a later one's checkpoint would bring back what was there before."""
     (folders / "runs").mkdir()

@@ -40,6 +40,7 @@ from training.batches import Batches, painted_on
 
 LOG = Path(__file__).parent / "log.jsonl"
 RATE = 1e-3  # of learning, at first
+SAVED_APART = 10  # seconds from one saving to the next, at least; an evaluation and some updates may come on top
 UPDATES_APART = 4  # that processes training together make by themselves before they average their weights
 
 
@@ -99,23 +100,26 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
         now = time.monotonic()
         seconds, last = _meet(parameters, seconds + now - last), now
         done = seconds >= minutes * 60
-        if rank == 0 and (now - saved > 30 or done):
+        if rank == 0 and (now - saved > SAVED_APART or done):
             entry = {"loss": round(torch.stack(losses).mean().item(), 5)}
-            drawn = None
+            losses = []
             with torch.no_grad():
                 stage.finish(average)
-                if done or now - sheeted > 600:
-                    entry["evaluation"] = round(stage.evaluate(average, device), 5)
-                    drawn = stage.sample(average, batch) if stage.sample is not None else None
-                    sheeted = now
             with models.telling_what_cannot_be_saved():
                 for key, folder in stage.folders.items():
                     _export(average[key], stages.MINI / folder)
-                if drawn is not None:
-                    sheet(drawn, batch, stages.RUNS / "samples" / f"{name}.png")
-                _log(stage=name, step=step, seconds=round(seconds), **entry)
                 _save(checkpoint, step, seconds, stage.models, average, optimizers)  # last: then all of it is kept
-            losses, saved = [], now
+            saved = time.monotonic()  # before the evaluation, which may take as long as some updates
+            if done or now - sheeted > 600:
+                entry["evaluation"] = round(stage.evaluate(average, device), 5)
+                if stage.sample is not None:
+                    with torch.no_grad():
+                        drawn = stage.sample(average, batch)
+                    with models.telling_what_cannot_be_saved():
+                        sheet(drawn, batch, stages.RUNS / "samples" / f"{name}.png")
+                sheeted = now
+            with models.telling_what_cannot_be_saved():
+                _log(stage=name, step=step, seconds=round(seconds), **entry)
         if done:
             break
     if distributed.is_initialized():
