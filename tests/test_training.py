@@ -17,7 +17,7 @@ from torch import multiprocessing
 from transformers import T5EncoderModel
 
 from show_1.errors import Show1Error, exit_code
-from training import batches, judge, losses, models, stages, train, world
+from training import batches, evaluate, judge, losses, models, stages, train, world
 from training.evaluate import combinations, pairs
 from training.redraw import TIMES, Redrawn
 
@@ -584,6 +584,31 @@ def test_combinations_cover_the_vocabulary():
     for column, known in enumerate((world.OBJECTS, world.PLACES, world.MOTIONS)):
         counts = [sum(words[column] == word for words in chosen) for word in known]
         assert min(counts) >= 2 and max(counts) <= 2 * min(counts) + 2, dict(zip(known, counts, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"), [(["--json", "."], "Name a file"), (["--guidance", "1,x"], "invalid scales value: '1,x'")]
+)
+def test_evaluation_refuses_bad_flags_before_it_begins(monkeypatch, capsys, flags, words):
+    monkeypatch.setattr(evaluate, "Show1Pipeline", None)
+    monkeypatch.setattr(sys, "argv", ["training.evaluate", *flags])
+    with pytest.raises(SystemExit) as caught:
+        sys.exit(exit_code(evaluate.main))
+    assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_evaluation_says_how_many_videos_were_made():
+    words = combinations(5000)
+    assert 500 < len(words) == len(set(words)) < 1000  # all that there are
+    verdict = dict(zip(evaluate.ASPECTS, words[0], strict=True))
+
+    class Pool:
+        def map(self, make, *each):
+            seen = np.zeros((29, 2, 2, 3), np.uint8), dict.fromkeys(evaluate.CLIPS, verdict)
+            return [seen for _ in zip(*each, strict=False)]
+
+    found = evaluate.follow_prompts(Pool(), 5000, pictures=None)
+    assert found["videos"] == len(words) and 0 < found["object"] < 0.1
 
 
 def test_what_is_painted_at_once_comes_in_batches_in_another_order(monkeypatch):

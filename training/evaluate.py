@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from show_1 import Show1Pipeline
-from show_1.errors import exit_code
+from show_1.errors import check_outputs, exit_code
 from show_1.pipeline import check_device
 from show_1.stages.denoise import finish
 from training import judge, world
@@ -39,7 +39,10 @@ CLIPS = ("keyframes", "interpolated", "pixel_upscaled", "video")
 
 
 def combinations(count: int) -> list[tuple[str, str, str]]:
-    """Return never-trained combinations of object, place and motion in which every word comes up about as often."""
+    """Return never-trained combinations of object, place and motion in which every word comes up about as often.
+
+    Where `count` is more than there are, all of them.
+    """
     left = [c for c in itertools.product(world.OBJECTS, world.PLACES, world.MOTIONS) if world.held_out(*c)]
     np.random.default_rng(0).shuffle(left)
     seen, chosen = Counter(), []
@@ -109,11 +112,14 @@ def _keyframes(prompt: str, seed: int, guidance: float) -> dict:
 
 
 def follow_prompts(pool: Executor, count: int, pictures: Path | None) -> dict:
-    """Have `count` videos of single objects made and judge them; see `show` for what goes to the folder `pictures`."""
+    """Have `count` videos of single objects made and judge them; see `show` for what goes to the folder `pictures`.
+
+    They are fewer where there are not so many combinations; "videos" says how many were made.
+    """
     chosen, tallies, shown = combinations(count), {clip: Tally() for clip in CLIPS}, []
     prompts = [world.plain_caption(*words) for words in chosen]
-    made = pool.map(_video, prompts, range(count))
-    for words, prompt, (frames, verdicts) in zip(chosen, prompts, tqdm(made, "videos", count), strict=True):
+    made = tqdm(pool.map(_video, prompts, range(len(chosen))), "videos", len(chosen))
+    for words, prompt, (frames, verdicts) in zip(chosen, prompts, made, strict=True):
         for clip, tally in tallies.items():
             tally.add_all(words, verdicts[clip])
         if len(shown) < 12:
@@ -121,7 +127,7 @@ def follow_prompts(pool: Executor, count: int, pictures: Path | None) -> dict:
     if pictures is not None:
         show(shown, pictures)
     stages = {clip: {a: tally.fractions()[a] for a in ASPECTS} for clip, tally in tallies.items()}
-    return tallies["video"].fractions() | {"videos": count, "stages": stages}
+    return tallies["video"].fractions() | {"videos": len(chosen), "stages": stages}
 
 
 def follow_pairs(pool: Executor, count: int) -> float:
@@ -215,12 +221,19 @@ def contact_sheet(results: list[tuple[np.ndarray, str]], columns: int = 3) -> Im
     return sheet
 
 
+def scales(text: str) -> list[float]:
+    """Return "1,1.5" as numbers; raises ValueError for what is none."""
+    return [float(scale) for scale in text.split(",")] if text else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--videos", type=int, default=250, help="how many of one object each: five an object")
     parser.add_argument("--pairs", type=int, default=24, help="how many, of two objects each")
     parser.add_argument("--stages", type=int, default=12, help="how many true clips the stages are measured on")
-    parser.add_argument("--guidance", default="1", metavar="A,B", help="scales to judge 66 keyframes with, or nothing")
+    parser.add_argument(
+        "--guidance", type=scales, default="1", metavar="A,B", help='scales to judge 66 keyframes with; "" for none'
+    )
     parser.add_argument("--cascade", default="mini", metavar="NAME|FILE")
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
@@ -228,6 +241,7 @@ def main() -> None:
         "--pictures", type=Path, metavar="FOLDER", help="write a contact sheet and some moving pictures"
     )
     arguments = parser.parse_args()
+    check_outputs(arguments.json)
     world.sprites()  # a missing font is said here, not after an hour
     pipeline = Show1Pipeline.from_cascade(arguments.cascade, arguments.device)
     began, found = time.monotonic(), {"seconds_per_video": seconds_a_video(pipeline)}
@@ -246,8 +260,7 @@ def main() -> None:
             found["pair"] = follow_pairs(pool, arguments.pairs)
             save()
         if arguments.guidance:
-            scales = [float(scale) for scale in arguments.guidance.split(",")]
-            found["guidance"] = {scale: other_guidance(pool, scale) for scale in scales}
+            found["guidance"] = {scale: other_guidance(pool, scale) for scale in arguments.guidance}
     if arguments.stages:
         found["earned"] = stages_earn_their_place(pipeline, arguments.stages)
     found |= {
