@@ -1,6 +1,5 @@
 """Training mini: it goes on where it stopped, and leaves nothing half-written. Only the text stage, the smallest."""
 
-import contextlib
 import errno
 import json
 import os
@@ -551,9 +550,9 @@ def test_a_text_encoder_of_another_configuration(folders, monkeypatch):
 )
 def test_bad_flags(monkeypatch, capsys, flags, words):
     monkeypatch.setattr(sys, "argv", ["training.train", "--minutes", "1", *flags])
-    with contextlib.suppress(SystemExit):
-        assert exit_code(train.main) == 2
-    assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        sys.exit(exit_code(train.main))
+    assert caught.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_pairs_are_judged_in_combinations_that_were_never_trained_on():
