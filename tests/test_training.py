@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import multiprocessing
 from transformers import T5EncoderModel
 
@@ -493,6 +495,22 @@ def test_paths_are_taught_to_the_deepest_up_block_alone(folders, monkeypatch):
     taught, left = _taught(stage, batches.path_clips(np.random.default_rng(0), 2), rate=1e-3)
     assert left < 0.8
     assert taught and all(name.startswith("up_blocks.0.") for name in taught)
+
+
+def test_what_the_latent_upscale_redraws_is_shown_and_nearer_to_the_truth(tmp_path):
+    scenes, times = [world.sample(np.random.default_rng(2))], torch.arange(2)[None] / 28
+    clean, medium = (world.render(scenes, *size, times) for size in (batches.FULL, batches.MEDIUM))
+    blurred = F.avg_pool3d(F.pad(medium, (1, 1, 1, 1, 0, 0), mode="replicate"), (1, 3, 3), stride=1)
+    batch = {"clean": clean, "condition": batches.bicubic(blurred, batches.FULL), "captions": [scenes[0].caption]}
+    stage = stages.latent_upscale_stage(CPU)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        drawn = stage.sample(stage.models, batch)
+    assert drawn.shape == clean.shape
+    assert (drawn - clean).abs().mean() < 0.9 * (batch["condition"] - clean).abs().mean()
+    train.sheet(drawn, batch, tmp_path / "latent_upscale.png")
+    width, height = Image.open(tmp_path / "latent_upscale.png").size
+    assert (width, height) == (2 * 2 * (288 + 2), 2 * 3 * (160 + 2))  # two frames, three rows, in double size
 
 
 def test_pictures_for_pairs_are_told_in_the_same_words_but_for_the_things():

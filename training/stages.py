@@ -38,11 +38,14 @@ from training.batches import (
     told,
 )
 from training.losses import (
+    ALPHA,
+    SIGMA,
     around,
     autoencoder_loss,
     draw,
     mostly,
     native_bfloat16,
+    noise_like,
     of_sampler,
     pixel_error,
     velocity_loss,
@@ -469,7 +472,7 @@ def latent_upscale_stage(device: torch.device) -> Stage:
     vae = models.autoencoder().requires_grad_(False).to(device)
     _start_from(vae, folder / "vae")
     scaling, half = AutoencoderKL.load_config(folder / "vae")["scaling_factor"], native_bfloat16(device)
-    shared = Cascade.load("mini").latent_upscale.shared_noise
+    shared, top = Cascade.load("mini").latent_upscale.shared_noise, 50  # the noise level where its one step starts
     tokenizer = clip_tokenizer()
     trained = {"unet": models.video_unet("latent_upscale"), "text_encoder": models.latent_text_encoder(tokenizer)}
     for name, model in trained.items():
@@ -482,16 +485,27 @@ def latent_upscale_stage(device: torch.device) -> Stage:
         mean = vae.encode(frames(clips)).latent_dist.mean
         return mean.unflatten(0, (len(clips), -1)).transpose(1, 2).float() * scaling
 
+    def decoded(sample: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            return vae.decode(frames(sample) / scaling).sample.float()
+
     def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
         def error_of(sample: torch.Tensor) -> torch.Tensor:
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                decoded = vae.decode(frames(sample) / scaling).sample.float()
-            return PIXEL_WEIGHT * pixel_error(decoded, frames(batch["clean"]))
+            return PIXEL_WEIGHT * pixel_error(decoded(sample), frames(batch["clean"]))
 
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
             pair = {"clean": latents(batch["clean"]), "degraded": latents(batch["condition"])}
         states = _states(trained["text_encoder"], _tokens(tokenizer, batch))
-        return velocity_loss(trained["unet"], states, pair, mostly(50), top=50, shared_noise=shared, error_of=error_of)
+        levels = mostly(top)
+        return velocity_loss(trained["unet"], states, pair, levels, top=top, shared_noise=shared, error_of=error_of)
+
+    def sample(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
+        degraded = latents(batch["condition"])
+        noisy = ALPHA[top] * degraded + SIGMA[top] * noise_like(degraded, shared)
+        states = _states(trained["text_encoder"], _tokens(tokenizer, batch))
+        velocity = trained["unet"](noisy, torch.tensor(top, device=device), encoder_hidden_states=states).sample
+        drawn = decoded(ALPHA[top] * noisy - SIGMA[top] * velocity)
+        return drawn.unflatten(0, (len(degraded), -1)).transpose(1, 2)
 
     return Stage(
         trained,
@@ -503,6 +517,7 @@ def latent_upscale_stage(device: torch.device) -> Stage:
         ),
         loss,
         {"unet": "show-1-sr2/unet", "text_encoder": "show-1-sr2/text_encoder"},
+        sample=sample,
     )
 
 
