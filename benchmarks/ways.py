@@ -33,7 +33,11 @@ class Ours:
         self.prompts, self.seeds = [PROMPT] * prompts, [SEED] * prompts
 
     def run(self, stage: str, clips: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Run one stage on what the stages before it have made, and return what it makes."""
+        """Run one stage on what the stages before it have made, and return what it makes.
+
+        That is (prompts, 3, frames, height, width) in [−1, 1], of the first frame (prompts, 3, height, width), and of
+        the "text", which has to be run before the others, (prompts, 77, features). `clips` are by stage.
+        """
         if stage == "text":
             for hook in self.pipeline.offload_hooks:
                 hook.offload()
@@ -42,6 +46,7 @@ class Ours:
         return self.video_stage(stage, clips)
 
     def video_stage(self, stage: str, clips: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Run one stage but the "text", whose states it reads, with the cascade's settings; see `run`."""
         pipeline, text = self.pipeline, self.text
         settings = pipeline.cascade.stream_settings(stage) | {"seed": self.seeds}
         if stage == "keyframes":
@@ -56,6 +61,7 @@ class Ours:
         return pipeline.latent_upscale(text, clips["pixel_upscale"], **settings)
 
     def interpolate(self, text: TextEmbeddings, keyframes: torch.Tensor, settings: dict) -> torch.Tensor:
+        """Return (prompts, 3, 4·(keyframes − 1) + 1, height, width) from (prompts, 3, keyframes, height, width)."""
         return self.pipeline.interpolation(text, keyframes, **settings)
 
 
@@ -81,6 +87,7 @@ class Original(Ours):
             stage.enable_model_cpu_offload(device=device)
 
     def run(self, stage: str, clips: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Run one stage but the "text", which each of them encodes anew; shapes and ranges are those of ours."""
         with diffusers_layers():
             if stage != "latent_upscale":  # which encodes with CLIP, as ours does
                 self.text = self.pipeline.keyframes.encode(self.prompts)
@@ -91,6 +98,7 @@ class Original(Ours):
         return made
 
     def interpolate(self, text: TextEmbeddings, keyframes: torch.Tensor, settings: dict) -> torch.Tensor:
+        """Return what ours does, a pair of keyframes after the other."""
         pairs = (keyframes[:, :, i : i + 2] for i in range(keyframes.shape[2] - 1))
         segments = [self.pipeline.interpolation(text, pair, **settings) for pair in pairs]
         return torch.cat([*(segment[:, :, :-1] for segment in segments[:-1]), segments[-1]], dim=2)

@@ -140,6 +140,7 @@ def presets(cascade: Cascade) -> dict[str, Cascade]:
 
 
 def same_models(one: Cascade, other: Cascade) -> bool:
+    """Return whether two cascades load the same weights: the models of all stages, their revisions and variants."""
     return _models(one) == _models(other)
 
 

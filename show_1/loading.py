@@ -43,7 +43,10 @@ class Repository:
         self.variant = hub.variant(cascade, table)
 
     def model(self, model_class: type, component: str) -> torch.nn.Module:
-        """Return a component with its weights, in evaluation mode; every key of the files and the model must match."""
+        """Return a component with its weights, in evaluation mode, on the CPU.
+
+        Raises Show1Error for damaged files and where not every key and shape of the files and the model match.
+        """
         weights = hub.weights_in(self.folder, self.table, component, self.variant)
         dtype_name = "dtype" if issubclass(model_class, (T5EncoderModel, CLIPTextModel)) else "torch_dtype"
         try:
@@ -75,6 +78,7 @@ class Repository:
         return model.eval()
 
     def scheduler(self, component: str) -> SchedulerMixin:
+        """Return a scheduler, see `load_scheduler`; raises Show1Error for one that will not do in its place."""
         try:
             scheduler = load_scheduler(self.folder / component)
             if component == "image_noising_scheduler" and not isinstance(scheduler, DDPMScheduler):
@@ -84,6 +88,7 @@ class Repository:
             raise self._bad_config(component, first_line(error)) from error
 
     def tokenizer(self, tokenizer_class: type) -> PreTrainedTokenizerBase:
+        """Return the tokenizer; raises Show1Error where its files are damaged."""
         try:
             with _quiet():
                 return tokenizer_class.from_pretrained(self.folder / "tokenizer")
@@ -114,7 +119,10 @@ class Repository:
 
 
 def load_scheduler(folder: Path) -> SchedulerMixin:
-    """Return a scheduler of the class that its file names, with the original's end of the noise schedule."""
+    """Return a scheduler of the class that its file names, with the original's end of the noise schedule.
+
+    Raises ValueError, or what diffusers raises, for a file that will not do.
+    """
     config = DPMSolverMultistepScheduler.load_config(folder)
     if config["_class_name"] not in SCHEDULERS:
         raise ValueError(f"{config['_class_name']!r} is none of {', '.join(SCHEDULERS)}")
@@ -131,7 +139,7 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
 def load_stages(
     cascade: Cascade, folders: Folders, dtype: torch.dtype
 ) -> tuple[KeyframesPipeline, InterpolationPipeline, PixelUpscalePipeline, LatentUpscalePipeline]:
-    """Return the four stages, on the CPU."""
+    """Return the four stages, on the CPU; each raises Show1Error for a model that does not load."""
     return (
         load_keyframes(cascade, folders, dtype),
         load_interpolation(cascade, folders, dtype),
@@ -141,6 +149,7 @@ def load_stages(
 
 
 def load_keyframes(cascade: Cascade, folders: Folders, dtype: torch.dtype) -> KeyframesPipeline:
+    """Return the first stage, on the CPU, with the T5 that reads for all pixel stages; raises Show1Error."""
     repository = Repository(cascade, "keyframes", folders["keyframes"], dtype)
     return KeyframesPipeline(
         tokenizer=repository.tokenizer(T5Tokenizer),
@@ -151,6 +160,7 @@ def load_keyframes(cascade: Cascade, folders: Folders, dtype: torch.dtype) -> Ke
 
 
 def load_interpolation(cascade: Cascade, folders: Folders, dtype: torch.dtype) -> InterpolationPipeline:
+    """Return the second stage, on the CPU; raises Show1Error."""
     repository = Repository(cascade, "interpolation", folders["interpolation"], dtype)
     return InterpolationPipeline(
         unet=repository.model(UNet3DConditionModel, "unet"), scheduler=repository.scheduler("scheduler")
@@ -158,6 +168,7 @@ def load_interpolation(cascade: Cascade, folders: Folders, dtype: torch.dtype) -
 
 
 def load_pixel_upscale(cascade: Cascade, folders: Folders, dtype: torch.dtype) -> PixelUpscalePipeline:
+    """Return the third stage, on the CPU, with the model of the first frame; raises Show1Error."""
     repository = Repository(cascade, "pixel_upscale", folders["pixel_upscale"], dtype)
     first_frame = Repository(cascade, "first_frame", folders["first_frame"], dtype)
     return PixelUpscalePipeline(
@@ -171,6 +182,7 @@ def load_pixel_upscale(cascade: Cascade, folders: Folders, dtype: torch.dtype) -
 
 
 def load_latent_upscale(cascade: Cascade, folders: Folders, dtype: torch.dtype) -> LatentUpscalePipeline:
+    """Return the last stage, on the CPU, with its CLIP and autoencoder; raises Show1Error."""
     repository = Repository(cascade, "latent_upscale", folders["latent_upscale"], dtype)
     return LatentUpscalePipeline(
         tokenizer=repository.tokenizer(CLIPTokenizer),

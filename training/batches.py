@@ -191,6 +191,10 @@ def pictures_for_pairs(rng: np.random.Generator, scale: int = 1) -> dict:
 
 
 def segments(rng: np.random.Generator, scale: int = 1) -> dict:
+    """Five frames from a keyframe to the next, (batch, 3, 5, height, width) in [−1, 1], to fill in between noisy ends.
+
+    "condition" is (batch, 4, 5, height, width): the blend of the ends, and a mask that is 1 where they are.
+    """
     scenes, captions = _scenes(rng, 4 * scale)
     painted = _painted(scenes, SMALL, _window(rng, scenes, 5, every=4), SMALL_OBJECT_WEIGHT)
     clean = painted["clean"]

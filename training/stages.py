@@ -97,6 +97,7 @@ def _captions(count: int) -> list[str]:
 
 
 def t5_tokenizer() -> T5Tokenizer:
+    """Return the text encoder's tokenizer, trained now where there is none; raises Show1Error if it cannot be saved."""
     folder = MINI / "show-1-base" / "tokenizer"
     if folder.exists():
         return T5Tokenizer.from_pretrained(folder)
@@ -104,6 +105,7 @@ def t5_tokenizer() -> T5Tokenizer:
 
 
 def clip_tokenizer() -> CLIPTokenizer:
+    """Return the latent upscale's tokenizer, as `t5_tokenizer` does."""
     folder = MINI / "show-1-sr2" / "tokenizer"
     if folder.exists():
         return CLIPTokenizer.from_pretrained(folder)
@@ -174,7 +176,10 @@ def _saved_text_encoder() -> T5EncoderModel | None:
 
 
 def reader(device: torch.device) -> Callable[[dict], torch.Tensor]:
-    """Return what turns a batch's captions into the trained text encoder's states."""
+    """Return what turns a batch's captions into the trained text encoder's states, (batch, 77, channels).
+
+    Raises Show1Error where there is none.
+    """
     tokenizer = t5_tokenizer()
     encoder = _saved_text_encoder()
     if encoder is None:
@@ -211,6 +216,10 @@ def pixel_stage(
 
 
 def pictures_stage(device: torch.device) -> Stage:
+    """The keyframes' UNet without its temporal layers, from single frames, (batch, 3, 20, 32).
+
+    Raises Show1Error, as all stages after the text's do, where what it needs is missing or of another configuration.
+    """
     unet = models.picture_unet("keyframes")
     _start_from(unet, MINI / "show-1-base" / "unet")
     levels = around(0.0, 1.6)
@@ -393,6 +402,7 @@ def pairs_stage(device: torch.device) -> Stage:
 
 
 def keyframes_stage(device: torch.device) -> Stage:
+    """The keyframes' whole UNet, from clips of eight frames, (batch, 3, 8, 20, 32), with pictures beside them."""
     unet = models.video_unet("keyframes")
     _start_from(unet, MINI / "show-1-base" / "unet")
     # Where things are and go is decided in much noise: clips teach that. What they look like is lost in little noise,
@@ -419,6 +429,7 @@ def with_pictures(
 
 
 def interpolation_stage(device: torch.device) -> Stage:
+    """The frames between two keyframes, (batch, 3, 5, 20, 32), at the noise levels where the sampler looks."""
     unet = models.video_unet("interpolation")
     _start_from(unet, MINI / "show-1-interpolation" / "unet")
     steps = Cascade.load("mini").interpolation.steps
@@ -428,6 +439,7 @@ def interpolation_stage(device: torch.device) -> Stage:
 
 
 def first_frame_stage(device: torch.device) -> Stage:
+    """Single frames four times as large, (batch, 3, 80, 128) or squares of them."""
     unet = models.picture_unet("pixel_upscale").to(memory_format=torch.channels_last)
     _start_from(unet, MINI / "IF-II-L" / "unet")
     batches = functools.partial(enlarged_pictures, redrawn=_redrawn(device))
@@ -436,6 +448,7 @@ def first_frame_stage(device: torch.device) -> Stage:
 
 
 def pixel_upscale_stage(device: torch.device) -> Stage:
+    """Clips four times as large, (batch, 3, 3 to 8 frames, 80, 128) or squares of them, that the first frame leads."""
     unet = models.video_unet("pixel_upscale")
     _start_from(unet, MINI / "show-1-sr1" / "unet", MINI / "IF-II-L" / "unet")
     make = functools.partial(enlarged_windows, redrawn=_redrawn(device), first_frame=Upscale(device, "first_frame"))
@@ -446,6 +459,7 @@ def pixel_upscale_stage(device: torch.device) -> Stage:
 
 
 def vae_stage(device: torch.device) -> Stage:
+    """The autoencoder of the last stage, from frames in full size, (batch, 3, 160, 288) or squares of them."""
     frames = full_frames(np.random.default_rng(0), scale=4)["clean"].to(device)
 
     def scale_latents(trained: dict[str, nn.Module]) -> None:
@@ -466,6 +480,7 @@ def vae_stage(device: torch.device) -> Stage:
 
 
 def latent_upscale_stage(device: torch.device) -> Stage:
+    """Redrawing in latents what the stages before make of clips, (batch, 3, 4, 160, 288) or squares; and its CLIP."""
     folder = MINI / "show-1-sr2"
     if not (folder / "vae").exists():
         raise _missing(folder / "vae", "vae")
