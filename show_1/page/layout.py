@@ -138,9 +138,7 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
                 with gr.Row(elem_id="seed"):
                     # No gr.Number: it shows 0 where it has no value, and rounds. And no buttons of the box itself: they
                     # would be part of its name for a screen reader.
-                    seed = gr.Textbox(
-                        label="Seed", placeholder="New each time", max_lines=1, scale=3, min_width=100
-                    )
+                    seed = gr.Textbox(label="Seed", placeholder="New each time", max_lines=1, scale=3, min_width=100)
                     random_seed = gr.Button("Random", size="sm", scale=1, min_width=60)
                     same_seed = gr.Button("Reuse", size="sm", scale=1, min_width=60)
                 with gr.Accordion("Advanced", open=False):
