@@ -5,6 +5,7 @@ the code that reproduces the original program's numbers on a larger cascade of t
 """
 
 import copy
+import io
 import json
 import zlib
 from pathlib import Path
@@ -209,9 +210,10 @@ def _write_scheduler(folder: Path, config: dict) -> None:
 def _write_tokenizers(t5: Path, clip: Path) -> None:
     t5.mkdir(parents=True)
     sentences = ["a cat jumps", "the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs"]
+    learned = io.BytesIO()  # not a file, whose path would be in it
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),
-        model_prefix=str(t5 / "spiece"),
+        model_writer=learned,
         vocab_size=48,
         hard_vocab_limit=False,
         model_type="char",
@@ -222,6 +224,7 @@ def _write_tokenizers(t5: Path, clip: Path) -> None:
         bos_id=-1,
         minloglevel=2,
     )
+    (t5 / "spiece.model").write_bytes(learned.getvalue())
     (t5 / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
     clip.mkdir(parents=True)
     # CLIP's alphabet: a printable character for each byte, alone and at the end of a word.
