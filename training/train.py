@@ -40,7 +40,7 @@ from training.batches import Batches, painted_on
 
 LOG = Path(__file__).parent / "log.jsonl"
 RATE = 1e-3  # of learning, at first
-SAVED_APART = 10  # seconds from one saving to the next, at least; an evaluation and some updates may come on top
+SAVED_APART = 20  # seconds from one saving to the next, at least; an evaluation and some updates may come on top
 UPDATES_APART = 4  # that processes training together make by themselves before they average their weights
 
 
