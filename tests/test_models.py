@@ -671,6 +671,7 @@ def test_strict_loading(tmp_path):
         UNet3DConditionModel.from_pretrained(tmp_path)
 
 
-def test_a_configuration_that_would_be_ignored_is_refused():
-    with pytest.raises(ValueError, match="class_embeddings_concat"):
-        UNet3DConditionModel.from_config(tiny.UPSCALE | {"class_embeddings_concat": True})
+@pytest.mark.parametrize("key", ["class_embeddings_concat", "dual_cross_attention"])
+def test_configurations_that_are_not_known_are_refused(key):
+    with pytest.raises(ValueError, match=key):
+        UNet3DConditionModel.from_config(tiny.UPSCALE | {key: True})

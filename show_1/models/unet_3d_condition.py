@@ -154,8 +154,9 @@ class UNet3DConditionModel(UNet2DConditionModel):
         block_types = {
             key: config[key] for key in ("down_block_types", "mid_block_type", "up_block_types") if key in config
         }
-        if config.get("class_embeddings_concat"):
-            raise ValueError("class_embeddings_concat = true is not known here")
+        for key in ("class_embeddings_concat", "dual_cross_attention"):
+            if config.get(key):
+                raise ValueError(f"{key} = true is not known here")
         super().__init__(**config | {key: _to_2d(value) for key, value in block_types.items()})
         self.register_to_config(transfromer_in_opt=transfromer_in_opt, **block_types)
 
