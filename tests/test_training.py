@@ -589,13 +589,21 @@ def test_the_judge_needs_movement_to_tell_a_motion():
     assert not torch.allclose(critic(torch.rand(2, 3, 8, 80, 144))[2][0], motions[0], atol=1e-4)
 
 
+def test_the_judge_looks_at_each_still_alone():
+    critic = judge.Judge().eval()
+    clip = torch.rand(2, 3, 11, 80, 144)
+    stills = critic.stills(clip)
+    assert stills.shape == (2, 11)
+    alone = critic(clip[:, :, 3:4].expand(-1, -1, 8, -1, -1))[0]  # as a clip in which nothing moves
+    assert torch.equal(stills[:, 3], alone.argmax(1))
+
+
 def test_the_trained_judge_is_right_on_clips_it_has_not_seen():
     right = judge.accuracy(judge.load(), batches=4)
     assert min(right.values()) > 0.9, right
 
 
 def test_combinations_cover_the_vocabulary():
-
     chosen = combinations(132)
     assert len(set(chosen)) == 132 and all(world.held_out(*words) for words in chosen)
     for column, known in enumerate((world.OBJECTS, world.PLACES, world.MOTIONS)):
@@ -617,7 +625,7 @@ def test_evaluation_refuses_bad_flags_before_it_begins(monkeypatch, capsys, flag
 def test_evaluation_says_how_many_videos_were_made():
     words = combinations(5000)
     assert 500 < len(words) == len(set(words)) < 1000  # all that there are
-    verdict = dict(zip(evaluate.ASPECTS, words[0], strict=True))
+    verdict = dict(zip(evaluate.ASPECTS, words[0], strict=True)) | {"stills": [words[0][0], "nothing"]}
 
     class Pool:
         def map(self, make, *each):
@@ -626,6 +634,8 @@ def test_evaluation_says_how_many_videos_were_made():
 
     found = evaluate.follow_prompts(Pool(), 5000, pictures=None)
     assert found["videos"] == len(words) and 0 < found["object"] < 0.1
+    assert found["still"] == pytest.approx(found["object"] / 2, abs=1e-4)  # of each video's two frames one is right
+    assert found["objects"][words[0][0]] == 1 and found["stills"][words[0][0]] == 0.5
 
 
 def test_what_is_painted_at_once_comes_in_batches_in_another_order(monkeypatch):

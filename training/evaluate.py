@@ -83,10 +83,10 @@ class Tally:
             self.add(aspect, word, verdict[aspect] == word)
 
     def fractions(self) -> dict:
-        """Return {"object": share, …, "objects": {"panda": share, …}, …}."""
+        """Return {"object": share, …, "objects": {"panda": share, …}, …}, by aspect and word."""
         shares = {key: round(self.right[key] / count, 4) for key, count in sorted(self.judged.items(), key=str)}
         found = {aspect: share for (aspect, word), share in shares.items() if word is None}
-        for aspect in ASPECTS:
+        for aspect in list(found):
             found[f"{aspect}s"] = {word: share for (of, word), share in shares.items() if of == aspect and word}
         return found
 
@@ -122,6 +122,8 @@ def follow_prompts(pool: Executor, count: int, pictures: Path | None) -> dict:
     for words, prompt, (frames, verdicts) in zip(chosen, prompts, made, strict=True):
         for clip, tally in tallies.items():
             tally.add_all(words, verdicts[clip])
+        for seen in verdicts["video"]["stills"]:
+            tallies["video"].add("still", words[0], seen == words[0])
         if len(shown) < 12:
             shown.append((frames, prompt))
     if pictures is not None:

@@ -88,12 +88,21 @@ class Judge(nn.Module):
         half = found.shape[-1] // 2
         return [self.objects(pooled(part)) for part in (found[..., :half], found[..., -half:])]
 
+    def stills(self, clip: torch.Tensor) -> torch.Tensor:
+        """Return which object each frame shows that is looked at alone, (batch, frames): its number among OBJECTS."""
+        found = self.features(_resize(clip, SIZE).transpose(1, 2).flatten(0, 1))[-1]
+        return self.objects(pooled(found[:, None])).argmax(1).unflatten(0, (len(clip), -1))
+
     @torch.no_grad()
-    def verdict(self, clip: torch.Tensor) -> dict[str, str | set[str]]:
-        """Return what one clip, (1, 3, frames, height, width), shows: object, place, motion, and what on both sides."""
+    def verdict(self, clip: torch.Tensor) -> dict[str, str | list[str] | set[str]]:
+        """Return what one clip, (1, 3, frames, height, width), shows: object, place, motion, what on both sides.
+
+        And what each frame shows that is looked at alone ("stills").
+        """
         objects, place, motion = self(clip.float())
         return {
             "object": OBJECTS[objects.argmax()],
+            "stills": [OBJECTS[number] for number in self.stills(clip.float())[0]],
             "pair": {OBJECTS[side.argmax()] for side in self.sides(clip.float())},
             "place": PLACES[place.argmax()],
             "motion": MOTIONS[motion.argmax()],
@@ -187,7 +196,8 @@ def train(minutes: float) -> None:
 def accuracy(judge: Judge, batches: int = 16) -> dict[str, float]:
     """Return how often the judge is right on new clips of one object, and of two, rendered at mini's final size.
 
-    "worst" is how often it is on clips of the object that it knows least.
+    "still" is how often it knows the object from one frame alone, "worst" how often from clips of the object that it
+    knows least.
     """
     rng, right, count = np.random.default_rng(12345), Counter(), 16 * batches
     known = Counter()  # (object, whether it was right)
@@ -195,7 +205,9 @@ def accuracy(judge: Judge, batches: int = 16) -> dict[str, float]:
         scenes = [world.sample(rng, train=False) for _ in range(16)]
         truth = labels(scenes)
         truths = (truth["objects"].argmax(1), truth["place"], truth["motion"])
-        found = judge(world.render(scenes, *FULL, KEYFRAME_TIMES))
+        clip = world.render(scenes, *FULL, KEYFRAME_TIMES)
+        found = judge(clip)
+        right["still"] += (judge.stills(clip) == truths[0][:, None]).float().mean(1).sum().item()
         for name, logits, true in zip(("object", "place", "motion"), found, truths, strict=True):
             right[name] += (logits.argmax(1) == true).sum().item()
             if name == "object":
