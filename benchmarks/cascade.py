@@ -67,10 +67,10 @@ class Clock:
 
 def compare(
     original: Original, ours: Ours, clock: Clock, stages: list[str], rounds: int, warmups: int
-) -> tuple[dict, torch.Tensor | None]:
-    """Return what `rounds` rounds after `warmups` have told, see `summary`, and the last clip that was made.
+) -> tuple[dict, bool]:
+    """Return what `rounds` rounds after `warmups` have told, see `summary`, and whether that is all of them.
 
-    Broken off, it returns no clip; raises Show1Error if no stage after the warm-ups is finished then.
+    Raises Show1Error if it is broken off before a stage after the warm-ups is finished.
     """
     original_cascade, our_cascade = original.pipeline.cascade, ours.pipeline.cascade
     clips = made_up_clips(our_cascade, clock.device, ours.pipeline.keyframes.dtype)
@@ -97,12 +97,12 @@ def compare(
                     difference[stage] = distance(mine, theirs)
                     clips[stage] = mine
             print(f"round {number + 1} of {warmups + rounds}", file=sys.stderr)
-        return summary(told[warmups:], told[:warmups], stages, tflop, difference), clips[stages[-1]]
+        return summary(told[warmups:], told[:warmups], stages, tflop, difference), True
     if len(told) > warmups + 1:
         del told[-1]
     else:
         stages = [stage for stage in stages if stage in told[-1]["ours"]] if len(told) > warmups else []
-    return summary(told[warmups:], told[:warmups], stages, tflop, difference), None
+    return summary(told[warmups:], told[:warmups], stages, tflop, difference), False
 
 
 def in_few_steps(cascade: Cascade, steps: int = 6) -> Cascade:
@@ -119,7 +119,10 @@ def in_few_steps(cascade: Cascade, steps: int = 6) -> Cascade:
 def summary(told: list[dict], warmups: list[dict], stages: list[str], tflop: dict, difference: dict) -> dict:
     """Return the medians: {"stages": {stage: {...}}, "original_seconds", "seconds", "ratio", "rounds", ...}."""
     if not told or not set(stages) - {"text"}:
-        raise Show1Error("No stage after the warm-ups is finished.", "Let it run longer, or give fewer --warmups.")
+        raise Show1Error(
+            "No stage after the warm-ups is finished.",
+            "Let it run longer, on a GPU whose memory is free, or with less of it by --memory.",
+        )
 
     def median(way: str, stage: str, key: str) -> float | None:
         values = [r[way][stage][key] for r in told if key in r[way].get(stage, {})]
@@ -158,23 +161,25 @@ def summary(told: list[dict], warmups: list[dict], stages: list[str], tflop: dic
     return found
 
 
-def measure_by_measure(
-    fast: Cascade, ours: Ours, exact_video: torch.Tensor, exact_seconds: float, clock: Clock, rounds: int
-) -> dict:
+def measure_by_measure(fast: Cascade, ours: Ours, clock: Clock, rounds: int) -> dict:
     """Return for each measure of the fast cascade, alone and all together, its seconds and how far its video is off.
 
-    The distance is the peak signal-to-noise ratio to the exact cascade's video of the same seed, in decibels.
+    The first row, which they are held against, is the exact cascade. The distance is the peak signal-to-noise ratio to
+    its video of the same seed, in decibels.
     """
-    rows = {"exact": {"seconds": exact_seconds, "speed": 1.0}}
+    rows, exact = {}, ours.pipeline.cascade
     with keeping("the finished measures"):
-        for name, cascade in measures(fast, ours.pipeline.cascade).items():
+        for name, cascade in ({"exact": exact} | measures(fast, exact)).items():
             ours.pipeline.cascade = in_few_steps(cascade)
             whole_video(ours)
             ours.pipeline.cascade = cascade
             made = [clock(lambda: whole_video(ours)) for _ in range(rounds)]
-            seconds = statistics.median(told["seconds"] for _, told in made)
-            psnr = distance(made[-1][0], exact_video)["psnr_db"]
-            rows[name] = {"seconds": seconds, "speed": exact_seconds / seconds, "psnr_db": psnr}
+            rows[name] = row = {"seconds": statistics.median(told["seconds"] for _, told in made)}
+            row["speed"] = rows["exact"]["seconds"] / row["seconds"]
+            if name == "exact":
+                exact_video = made[-1][0]
+            else:
+                row["psnr_db"] = distance(made[-1][0], exact_video)["psnr_db"]
             print(f"measured: {name.replace('_', ' ')}", file=sys.stderr)
     return rows
 
@@ -364,11 +369,11 @@ def _run(arguments: argparse.Namespace) -> None:
         "load_seconds": load_seconds,
     }
     with torch.no_grad():
-        compared, video = compare(original, ours, clock, stages, arguments.rounds, arguments.warmups)
+        compared, finished = compare(original, ours, clock, stages, arguments.rounds, arguments.warmups)
         found |= compared
-        if arguments.measures and video is not None:
+        if arguments.measures and finished:
             fast = Cascade.load(f"{name}-fast")
-            found["measures"] = measure_by_measure(fast, ours, video, found["seconds"], clock, arguments.rounds)
+            found["measures"] = measure_by_measure(fast, ours, clock, arguments.rounds)
     found["minutes"] = (time.perf_counter() - began) / 60
     if device.type == "cpu":
         found["peak_process_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

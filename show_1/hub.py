@@ -247,33 +247,42 @@ def variant(cascade: Cascade, table: str) -> str | None:
 
 def check_complete(folder: Path, table: str, variant: str | None) -> None:
     """Raise Show1Error, naming the table and the file, if a folder lacks something that the table needs."""
+    _check_names(_inside(folder), table, variant, str(folder))
+    for component in set(COMPONENTS[table]) & set(MODELS):
+        weights_in(folder, table, component, variant)  # all shards, which only their index can tell
+
+
+def _check_names(files: Iterable[str], table: str, variant: str | None, where: str) -> None:
+    """Raise Show1Error if these files of a folder or repository, by their paths in it, lack something for the table."""
     for component in COMPONENTS[table]:
-        if not (folder / component).is_dir():
-            raise _missing(table, folder, f"the folder {component}")
+        names = {file.removeprefix(f"{component}/") for file in files if file.startswith(f"{component}/")}
         if component in MODELS:
-            if not (folder / component / "config.json").is_file():
-                raise _missing(table, folder / component, "config.json")
-            weights_in(folder, table, component, variant)
+            needed = ["config.json"]
         elif component.endswith("scheduler"):
-            if not (folder / component / "scheduler_config.json").is_file():
-                raise _missing(table, folder / component, "scheduler_config.json")
+            needed = ["scheduler_config.json"]
         else:
-            needed = ("spiece.model",) if table == "keyframes" else ("vocab.json", "merges.txt")
-            for name in needed:
-                if not (folder / component / name).is_file() and not (folder / component / "tokenizer.json").is_file():
-                    raise _missing(table, folder / component, name)
+            needed = ["spiece.model"] if table == "keyframes" else ["vocab.json", "merges.txt"]
+            needed = [] if "tokenizer.json" in names else needed
+        for name in needed:
+            if name not in names:
+                raise _missing(table, f"{where}/{component}", name)
+        if component in MODELS and not choose_weights(names, variant):
+            raise _missing(table, f"{where}/{component}", WEIGHT_FILE)
 
 
-def _missing(table: str, folder: Path | str, what: str) -> Show1Error:
+def _missing(table: str, where: Path | str, what: str) -> Show1Error:
     return Show1Error(
-        f"The model of [{table}] is incomplete: {folder} lacks {what}.",
-        "Copy the missing part there, or set the table's `model` to a complete folder or a hub id.",
+        f"The model of [{table}] is incomplete: {where} lacks {what}.",
+        "Put the missing part there, or set the table's `model` to a complete folder or a hub id.",
     )
 
 
+def _inside(folder: Path) -> list[str]:
+    return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+
+
 def _size(folder: Path, table: str, variant: str | None) -> int:
-    inside = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-    return sum((folder / name).stat().st_size for name in needed_files(inside, table, variant))
+    return sum((folder / name).stat().st_size for name in needed_files(_inside(folder), table, variant))
 
 
 def _cache(repository: str) -> Path:
@@ -292,24 +301,16 @@ def _fetched_before(repository: str, revision: str | None, table: str, variant: 
 
 
 def _at_hub(repository: str, revision: str | None, table: str, variant: str | None, patient: bool) -> Model:
-    """Return the model as the hub lists it; raises Show1Error as `check_complete` does."""
+    """Return the model as the hub lists it; raises Show1Error if the list lacks something that the table needs."""
 
     def ask():
         return in_time(lambda: model_info(repository, revision=revision, files_metadata=True, timeout=PATIENCE))
 
     info = _patiently(ask) if patient else ask()
     siblings = {file.rfilename: file for file in info.siblings or ()}
-    needed = needed_files(siblings, table, variant)
-    for component in COMPONENTS[table]:  # now, before gigabytes of the others are fetched for nothing
-        names = [path.removeprefix(f"{component}/") for path in needed if path.startswith(f"{component}/")]
-        if not names:
-            raise _missing(table, repository, f"the folder {component}")
-        if component in MODELS and "config.json" not in names:
-            raise _missing(table, f"{repository}/{component}", "config.json")
-        if component in MODELS and not choose_weights(names, variant):
-            raise _missing(table, f"{repository}/{component}", WEIGHT_FILE)
+    _check_names(siblings, table, variant, repository)  # now, before gigabytes are fetched for nothing
     files = []
-    for path in needed:
+    for path in needed_files(siblings, table, variant):
         sibling = siblings[path]
         digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
         files.append(File(repository, info.sha, path, sibling.size, digest))

@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -196,14 +197,12 @@ def load_latent_upscale(cascade: Cascade, folders: Folders, dtype: torch.dtype) 
 def fingerprint(stages: Iterable[Stage]) -> str:
     """Return a few letters that differ where weights or configurations differ, from a sample of each tensor.
 
-    What a configuration says of the folder and the versions that it comes from has no part in them.
+    The libraries' defaults, and the folder and versions that a model comes from, have no part in them.
     """
     digest = hashlib.sha256()
     for stage in stages:
         for name, component in sorted(stage.components.items()):
-            config = vars(component.config) if hasattr(component, "config") else {}  # tokenizers have none
-            told = {key: config[key] for key in config if not key.startswith("_") and key != "transformers_version"}
-            told = json.dumps(told, sort_keys=True, default=str)
+            told = json.dumps(_configured(component), sort_keys=True, default=str)
             digest.update(f"{name} {type(component).__name__} {told}".encode())
             if isinstance(component, torch.nn.Module):
                 for key, tensor in component.state_dict().items():
@@ -211,6 +210,14 @@ def fingerprint(stages: Iterable[Stage]) -> str:
                     sample = flat[:: max(len(flat) // 64, 1)].double().cpu()
                     digest.update(f"{name} {key} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _configured(component: Any) -> dict[str, Any]:
+    """Return what a component's own configuration says; tokenizers have none that could be read alike."""
+    config = getattr(component, "config", {})
+    told = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(config)
+    filled_in = {"transformers_version", *told.get("_use_default_values", ())}
+    return {key: value for key, value in told.items() if not key.startswith("_") and key not in filled_in}
 
 
 def _opens(file: Path) -> bool:

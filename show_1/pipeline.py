@@ -33,7 +33,7 @@ from show_1.stages import (
     Step,
     window_starts,
 )
-from show_1.stages.denoise import rehearse
+from show_1.stages.denoise import try_steps
 from show_1.text import TOKENS, dropped_words, listed
 
 MAX_SEED = 2**53 - 1  # the largest whole number that JSON and browsers keep exactly
@@ -366,14 +366,14 @@ class Show1Pipeline:
             ("pixel_upscale", upscale.scheduler, upscale.unet, 3),
             ("latent_upscale", self.latent_upscale.scheduler, self.latent_upscale.unet, latents),
         ):
-            settings = getattr(self.cascade, table)
+            settings, steps = getattr(self.cascade, table), getattr(self.cascade, table).steps
             try:
-                schedule = getattr(settings, "schedule", None)
-                rehearse(scheduler, settings.steps, schedule, channels, unet.config.out_channels)
+                schedule, last = getattr(settings, "schedule", None), int(steps * getattr(settings, "strength", 1))
+                try_steps(scheduler, steps, last, schedule, channels, unet.config.out_channels)
             except Exception as error:  # whatever a scheduler raises for values that are none
                 raise Show1Error(
                     f"{self.cascade.file}, table [{table}]: the scheduler of {settings.model} fails at steps = "
-                    f"{settings.steps}: {first_line(error)}.",
+                    f"{steps}: {first_line(error)}.",
                     "Give fewer steps, no schedule, or another scheduler_config.json.",
                 ) from error
         for table, scheduler in (

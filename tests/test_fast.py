@@ -273,13 +273,13 @@ def test_a_benchmark_broken_off_in_its_first_round_keeps_its_finished_stages(end
         with pytest.raises(Show1Error, match="No stage"):
             benchmark.compare(_way(run), _way(run), clock, stages, rounds=2, warmups=1)
     else:
-        found, video = benchmark.compare(_way(run), _way(run), clock, stages, rounds=2, warmups=1)
-        assert ([*found["stages"]], found["rounds"], video) == (*kept, None)
+        found, finished = benchmark.compare(_way(run), _way(run), clock, stages, rounds=2, warmups=1)
+        assert ([*found["stages"]], found["rounds"], finished) == (*kept, False)
         assert found["ratio"] > 0
 
 
 def test_an_interrupted_benchmark_keeps_its_finished_measures(monkeypatch):
-    made = iter([torch.ones(2), torch.ones(2)])  # one in few steps, which warms up, and one that counts
+    made = iter([torch.zeros(2)] * 2 + [torch.ones(2)] * 2)  # one in few steps, which warms up, and one that counts
 
     def whole_video(ours):
         clip = next(made, None)
@@ -290,7 +290,7 @@ def test_an_interrupted_benchmark_keeps_its_finished_measures(monkeypatch):
     monkeypatch.setattr(benchmark, "whole_video", whole_video)
     fast, exact = Cascade.load("show-1-fast"), Cascade.load("show-1")
     ours, clock = SimpleNamespace(pipeline=SimpleNamespace(cascade=exact)), benchmark.Clock(torch.device("cpu"))
-    rows = benchmark.measure_by_measure(fast, ours, torch.zeros(2), 8.0, clock, rounds=1)
+    rows = benchmark.measure_by_measure(fast, ours, clock, rounds=1)
     assert list(rows) == ["exact", "steps"]
     assert rows["exact"]["speed"] == 1 and round(rows["steps"]["psnr_db"], 1) == 6.0  # half of the range off
 

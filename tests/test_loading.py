@@ -333,11 +333,11 @@ def load_components(folder: Path, table: str) -> SimpleNamespace:
 @pytest.mark.parametrize(
     ("table", "missing", "said"),
     [
-        ("keyframes", "unet", "the folder unet"),
-        ("keyframes", "text_encoder", "the folder text_encoder"),
-        ("interpolation", "scheduler", "the folder scheduler"),
-        ("pixel_upscale", "image_noising_scheduler", "the folder image_noising_scheduler"),
-        ("latent_upscale", "vae", "the folder vae"),
+        ("keyframes", "unet", "unet lacks config.json"),
+        ("keyframes", "text_encoder", "text_encoder lacks config.json"),
+        ("interpolation", "scheduler", "/scheduler lacks scheduler_config.json"),
+        ("pixel_upscale", "image_noising_scheduler", "lacks scheduler_config.json"),
+        ("latent_upscale", "vae", "vae lacks config.json"),
         ("keyframes", "unet/config.json", "unet lacks config.json"),
         ("keyframes", "text_encoder/config.json", "text_encoder lacks config.json"),
         ("interpolation", "unet/diffusion_pytorch_model.bin", "unet lacks a weight file"),

@@ -108,8 +108,9 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
             with models.telling_what_cannot_be_saved():
                 for key, folder in stage.folders.items():
                     _export(average[key], stages.MINI / folder)
-                _save(checkpoint, step, seconds, stage.models, average, optimizers)  # last: then all of it is kept
-            saved = time.monotonic()  # before the evaluation, which may take as long as some updates
+                if not done:  # before the evaluation, which may take as long as some updates
+                    _save(checkpoint, step, seconds, stage.models, average, optimizers)
+            saved = time.monotonic()
             if done or now - sheeted > 600:
                 entry["evaluation"] = round(stage.evaluate(average, device), 5)
                 if stage.sample is not None:
@@ -120,6 +121,8 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
                 sheeted = now
             with models.telling_what_cannot_be_saved():
                 _log(stage=name, step=step, seconds=round(seconds), **entry)
+                if done:  # last: what is broken off in its last evaluation has not had it
+                    _save(checkpoint, step, seconds, stage.models, average, optimizers)
         if done:
             break
     if distributed.is_initialized():

@@ -127,11 +127,11 @@ const show1 = {
         document.querySelector('#preset')?.setAttribute('aria-label', 'Preset');
     },
 
-    // Puts a file where settings are read from it; what is folded in is drawn only once it has been open.
+    // Puts a file where settings are read from it, and unfolds that, which is drawn only once it has been open.
     async restore(file) {
         const place = document.querySelector('#restore'), given = new DataTransfer();
         given.items.add(file);
-        if (!place.querySelector('#drop')) place.querySelector('.label-wrap').click();
+        if (!place.querySelector('#drop')?.checkVisibility()) place.querySelector('.label-wrap').click();
         let input;
         while (!(input = place.querySelector('#drop input[type=file]')))
             await new Promise(done => setTimeout(done, 50));
@@ -174,7 +174,7 @@ document.addEventListener('dragover', event => {
 });
 document.addEventListener('drop', event => {
     const [file] = event.dataTransfer.files;
-    if (!file || event.target.closest('#drop')) return;  // there Gradio takes it
+    if (!file || event.target.closest?.('#drop')) return;  // there Gradio takes it
     event.preventDefault();
     show1.restore(file);
 });

@@ -107,14 +107,17 @@ def prepare(scheduler: SchedulerMixin, steps: int, device: torch.device, schedul
 
 @functools.lru_cache  # each video asks, most for the same
 @torch.no_grad()
-def rehearse(scheduler: SchedulerMixin, steps: int, schedule: str | None, channels: int, predicted: int) -> None:
-    """Walk a scheduler's steps on a tiny image of so many channels, with a model that predicts that many zeros.
+def try_steps(
+    scheduler: SchedulerMixin, steps: int, last: int, schedule: str | None, channels: int, predicted: int
+) -> None:
+    """Walk the last ones of a scheduler's steps on a tiny image, with a model that predicts zeros.
 
-    Raises ValueError, or whatever else the scheduler does, where a whole video would fail in that way.
+    Its channels are `channels`, those that are predicted `predicted`. Raises ValueError, or whatever else the scheduler
+    does, where a whole video would fail in that way.
     """
     scheduler = prepare(scheduler, steps, torch.device("cpu"), schedule)
-    trained = scheduler.config.num_train_timesteps
-    if not 0 <= scheduler.timesteps.min() <= scheduler.timesteps.max() < trained:
+    timesteps, trained = scheduler.timesteps[-last:], scheduler.config.num_train_timesteps
+    if not 0 <= timesteps.min() <= timesteps.max() < trained:
         raise ValueError(f"its timesteps are not all of the {trained} that the model was trained for")
     text = TextEmbeddings(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))
 
@@ -122,7 +125,8 @@ def rehearse(scheduler: SchedulerMixin, steps: int, schedule: str | None, channe
         return SimpleNamespace(sample=torch.zeros(1, predicted, 2, 2))
 
     unet.dtype = torch.float32
-    sample = finish(denoise(unet, scheduler, torch.zeros(1, channels, 2, 2), text, 1.0, generators=seeded(0)))
+    image = torch.zeros(1, channels, 2, 2)
+    sample = finish(denoise(unet, scheduler, image, text, 1.0, timesteps=timesteps, generators=seeded(0)))
     if not sample.isfinite().all():
         raise ValueError("it divides by zero, as where two steps begin with the same noise")
 
