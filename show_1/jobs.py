@@ -18,9 +18,11 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,18 @@ from show_1 import video
 from show_1.cascade import MAX_PROMPT, STAGES, Cascade
 from show_1.engine import Engine, same_models, told
 from show_1.errors import Show1Error
-from show_1.pipeline import Clip, Event, Notice, Show1Pipeline, StageStart, StepDone, Video, check_request, draw_seed
+from show_1.pipeline import (
+    Clip,
+    Event,
+    Notice,
+    Pause,
+    Show1Pipeline,
+    StageStart,
+    StepDone,
+    Video,
+    check_request,
+    draw_seed,
+)
 from show_1.stages.interpolation import SEGMENT
 from show_1.timing import PHASES, Forecast, stage_steps, wait_for, write_atomically
 
@@ -419,7 +432,9 @@ class Jobs:
                 job.stage, job.step = stage, 0
             case StepDone():
                 job.step = event.step
-                self._preview(job, event)
+                self._preview(job, event.preview)
+            case Pause(clip):
+                self._preview(job, partial(video.to_uint8, clip))
             case Clip(stage) if stage != STAGES[-1]:
                 frames = event.frames
                 if stage != "first_frame":
@@ -431,11 +446,11 @@ class Jobs:
         with self._changed:
             self._note(job)
 
-    def _preview(self, job: Job, event: StepDone) -> None:
+    def _preview(self, job: Job, draw: Callable[[], np.ndarray]) -> None:
         now = time.monotonic()
         if now - job.previewed < PREVIEW_PAUSE or now - job.watched > WATCHED:
             return
-        job.preview, job.previewed = preview(event.preview()), now
+        job.preview, job.previewed = preview(draw()), now
 
     def _write_clip(self, job: Job, stage: str, frames: np.ndarray) -> None:
         """Keep a stage's clip, for looking at. Where that fails the video can still be made, so it is only told."""

@@ -5,7 +5,7 @@ import functools
 import inspect
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +30,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Pause:
-    """A moment in long work outside the steps: there is nothing new to see, but one can stop asking."""
+    """A moment in long work outside the steps, at which one can stop asking.
+
+    `clip` is what it is at, (1, 3, frames, height, width), about [−1, 1]; it may be a part of the frames.
+    """
+
+    clip: torch.Tensor = field(repr=False)
 
 
 class Stage(DiffusionPipeline):

@@ -89,7 +89,7 @@ class LatentUpscalePipeline(Stage):
         # In parts, for the encoder's memory grows with its batch; the draw below is that of one batch all the same.
         for part in frames.split(self.vae_frames):
             moments.append(self.vae.encode(part).latent_dist.parameters)
-            yield Pause()
+            yield Pause(frames.transpose(0, 1)[None])
         latents = DiagonalGaussianDistribution(torch.cat(moments)).sample(generator)
         return (latents - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
 
@@ -103,7 +103,7 @@ class LatentUpscalePipeline(Stage):
         frames = fold(latents).to(self.vae.dtype) / config.scaling_factor + (config.shift_factor or 0)
         for part in frames.split(self.vae_frames):
             decoded.append(self.vae.decode(part).sample)
-            yield Pause()
+            yield Pause(decoded[-1].transpose(0, 1)[None])
         return unfold(torch.cat(decoded), latents.shape)
 
 
