@@ -434,7 +434,7 @@ class Jobs:
                 job.step = event.step
                 self._preview(job, event.preview)
             case Pause(clip):
-                self._preview(job, partial(video.to_uint8, clip))
+                self._preview(job, partial(video.to_uint8, clip), PREVIEW_PAUSE / 2)  # a long step may be next
             case Clip(stage) if stage != STAGES[-1]:
                 frames = event.frames
                 if stage != "first_frame":
@@ -446,9 +446,9 @@ class Jobs:
         with self._changed:
             self._note(job)
 
-    def _preview(self, job: Job, draw: Callable[[], np.ndarray]) -> None:
+    def _preview(self, job: Job, draw: Callable[[], np.ndarray], apart: float = PREVIEW_PAUSE) -> None:
         now = time.monotonic()
-        if now - job.previewed < PREVIEW_PAUSE or now - job.watched > WATCHED:
+        if now - job.previewed < apart or now - job.watched > WATCHED:
             return
         job.preview, job.previewed = preview(draw()), now
 

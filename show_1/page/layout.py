@@ -213,7 +213,9 @@ def _part(name: str, **settings: Any) -> None:
 
 def _news(id: str, job: Job | None) -> list:
     """Return what a visitor wants to hear of at once; steps and times are no news."""
-    return [id, *((job.state, job.stage, job.wish, len(job.clips), len(job.notices)) if job else ())]
+    if job is None:
+        return [id]
+    return [id, job.state, job.stage, job.wish, len(job.clips), len(job.notices), job.previewed]
 
 
 def _known(jobs: Jobs, id: str) -> Job:
