@@ -434,7 +434,7 @@ class Jobs:
                 job.step = event.step
                 self._preview(job, event.preview)
             case Pause(clip):
-                self._preview(job, partial(video.to_uint8, clip), PREVIEW_PAUSE / 2)  # a long step may be next
+                self._preview(job, partial(video.to_uint8, clip), PREVIEW_PAUSE - 0.2)  # a long step may be next
             case Clip(stage) if stage != STAGES[-1]:
                 frames = event.frames
                 if stage != "first_frame":

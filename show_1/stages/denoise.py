@@ -32,7 +32,7 @@ class Step:
 class Pause:
     """A moment in long work outside the steps, at which one can stop asking.
 
-    `clip` is what it is at, (1, 3, frames, height, width), about [−1, 1]; it may be a part of the frames.
+    `clip` is the part of the frames that it is at, (1, 3, frames, height, width), about [−1, 1].
     """
 
     clip: torch.Tensor = field(repr=False)

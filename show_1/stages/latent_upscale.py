@@ -89,7 +89,7 @@ class LatentUpscalePipeline(Stage):
         # In parts, for the encoder's memory grows with its batch; the draw below is that of one batch all the same.
         for part in frames.split(self.vae_frames):
             moments.append(self.vae.encode(part).latent_dist.parameters)
-            yield Pause(frames.transpose(0, 1)[None])
+            yield Pause(part.transpose(0, 1)[None])
         latents = DiagonalGaussianDistribution(torch.cat(moments)).sample(generator)
         return (latents - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
 
