@@ -432,7 +432,8 @@ class Jobs:
                 job.stage, job.step = stage, 0
             case StepDone():
                 job.step = event.step
-                self._preview(job, event.preview)
+                if event.stage != STAGES[-1] or event.step < event.steps:  # its frames are decoded next, and shown then
+                    self._preview(job, event.preview)
             case Pause(clip):
                 self._preview(job, partial(video.to_uint8, clip), PREVIEW_PAUSE - 0.2)  # a long step may be next
             case Clip(stage) if stage != STAGES[-1]:
