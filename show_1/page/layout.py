@@ -17,7 +17,7 @@ from show_1.page.frames import FewerFrames
 from show_1.pipeline import draw_seed
 from show_1.replay import differences, here, read
 
-PAUSE = 0.8  # seconds after which a page that looks is answered, news or not
+PAUSE = 1.0  # seconds after which a page that looks is answered, news or not; previews come sooner
 HERE = Path(__file__).parent
 FONTS = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # none from the web
 STYLE = {  # for `gr.Blocks.launch`
