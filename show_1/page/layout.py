@@ -17,7 +17,7 @@ from show_1.page.frames import FewerFrames
 from show_1.pipeline import draw_seed
 from show_1.replay import differences, here, read
 
-PAUSE = 1.0  # seconds after which a page that looks is answered, news or not; previews come sooner
+PAUSE = 0.8  # seconds after which a page that looks is answered, news or not
 HERE = Path(__file__).parent
 FONTS = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # none from the web
 STYLE = {  # for `gr.Blocks.launch`
@@ -212,10 +212,8 @@ def _part(name: str, **settings: Any) -> None:
 
 
 def _news(id: str, job: Job | None) -> list:
-    """Return what a visitor wants to hear of at once; steps and times are no news."""
-    if job is None:
-        return [id]
-    return [id, job.state, job.stage, job.wish, len(job.clips), len(job.notices), job.previewed]
+    """Return what a visitor wants to hear of at once; steps, times and previews are no news: they would cost too much."""
+    return [id, *((job.state, job.stage, job.wish, len(job.clips), len(job.notices)) if job else ())]
 
 
 def _known(jobs: Jobs, id: str) -> Job:
