@@ -212,7 +212,7 @@ def _part(name: str, **settings: Any) -> None:
 
 
 def _news(id: str, job: Job | None) -> list:
-    """Return what a visitor wants to hear of at once; steps, times and previews are no news: they would cost too much."""
+    """Return what a visitor wants to hear of at once; steps, times and previews would cost too much."""
     return [id, *((job.state, job.stage, job.wish, len(job.clips), len(job.notices)) if job else ())]
 
 
