@@ -18,7 +18,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,12 +247,12 @@ def variant(cascade: Cascade, table: str) -> str | None:
 
 def check_complete(folder: Path, table: str, variant: str | None) -> None:
     """Raise Show1Error, naming the table and the file, if a folder lacks something that the table needs."""
-    _check_names(_inside(folder), table, variant, str(folder))
+    _check_names(_inside(folder), table, variant, folder)
     for component in set(COMPONENTS[table]) & set(MODELS):
         weights_in(folder, table, component, variant)  # all shards, which only their index can tell
 
 
-def _check_names(files: Iterable[str], table: str, variant: str | None, where: str) -> None:
+def _check_names(files: Collection[str], table: str, variant: str | None, where: Path | str) -> None:
     """Raise Show1Error if these files of a folder or repository, by their paths in it, lack something for the table."""
     for component in COMPONENTS[table]:
         names = {file.removeprefix(f"{component}/") for file in files if file.startswith(f"{component}/")}

@@ -435,7 +435,7 @@ class Jobs:
                 if event.stage != STAGES[-1] or event.step < event.steps:  # its frames are decoded next, and shown then
                     self._preview(job, event.preview)
             case Pause(clip):
-                self._preview(job, partial(video.to_uint8, clip), PREVIEW_PAUSE - 0.2)  # a long step may be next
+                self._preview(job, partial(video.to_uint8, clip))
             case Clip(stage) if stage != STAGES[-1]:
                 frames = event.frames
                 if stage != "first_frame":
@@ -447,9 +447,9 @@ class Jobs:
         with self._changed:
             self._note(job)
 
-    def _preview(self, job: Job, draw: Callable[[], np.ndarray], apart: float = PREVIEW_PAUSE) -> None:
+    def _preview(self, job: Job, draw: Callable[[], np.ndarray]) -> None:
         now = time.monotonic()
-        if now - job.previewed < apart or now - job.watched > WATCHED:
+        if now - job.previewed < PREVIEW_PAUSE or now - job.watched > WATCHED:
             return
         job.preview, job.previewed = preview(draw()), now
 

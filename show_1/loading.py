@@ -197,7 +197,7 @@ def load_latent_upscale(cascade: Cascade, folders: Folders, dtype: torch.dtype) 
 def fingerprint(stages: Iterable[Stage]) -> str:
     """Return a few letters that differ where weights or configurations differ, from a sample of each tensor.
 
-    The libraries' defaults, and the folder and versions that a model comes from, have no part in them.
+    What the libraries fill in by themselves, and the folder and versions of a model, have no part in them.
     """
     digest = hashlib.sha256()
     for stage in stages:

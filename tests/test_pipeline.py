@@ -491,7 +491,7 @@ def test_steps_that_the_latent_upscale_leaves_out_may_be_what_they_are(pipeline)
         pipeline.with_cascade(pipeline.cascade.override(["latent_upscale.steps=1000", "latent_upscale.strength=1"]))
 
 
-def test_a_rehearsal_leaves_nothing_behind(pipeline):
+def test_trying_steps_leaves_nothing_behind(pipeline):
     state = torch.get_rng_state()
     scheduler = DPMSolverMultistepScheduler.from_config(
         pipeline.keyframes.scheduler.config, algorithm_type="sde-dpmsolver++", use_karras_sigmas=True

@@ -68,15 +68,15 @@ def fitting(jobs: Jobs, settings: dict[str, Any]) -> tuple[str, dict[str, dict[s
 
 
 def seed(asked: str | int | None) -> int | None:
-    """Return a seed as a number, None for a new one, of what was typed, or given by a program."""
-    if isinstance(asked, str):
-        try:
-            return int(asked) if asked.strip() else None
-        except ValueError:
-            pass
-    elif asked is None or type(asked) is int:
-        return asked
-    raise Show1Error(f"The seed cannot be {short(repr(asked), 60)}.", f"Give a whole number from 0 to {MAX_SEED}.")
+    """Return a seed as a number, None for a new one, of what was typed; what else a program gives as it is."""
+    if not isinstance(asked, str):
+        return asked  # whether that is a seed is asked where the job is made
+    try:
+        return int(asked) if asked.strip() else None
+    except ValueError:
+        raise Show1Error(
+            f"The seed cannot be {short(repr(asked), 60)}.", f"Give a whole number from 0 to {MAX_SEED}."
+        ) from None
 
 
 def words(name: str) -> str:

@@ -115,10 +115,10 @@ def prepare(scheduler: SchedulerMixin, steps: int, device: torch.device, schedul
 def try_steps(
     scheduler: SchedulerMixin, steps: int, last: int, schedule: str | None, channels: int, predicted: int
 ) -> None:
-    """Walk the last ones of a scheduler's steps on a tiny image, with a model that predicts zeros.
+    """Walk the `last` ones of a scheduler's steps on a tiny image of so many channels, with a model that gives zeros.
 
-    Its channels are `channels`, those that are predicted `predicted`. Raises ValueError, or whatever else the scheduler
-    does, where a whole video would fail in that way.
+    `predicted` is how many channels the model gives. Raises ValueError, or whatever else the scheduler does, where a
+    whole video would fail in that way.
     """
     scheduler = prepare(scheduler, steps, torch.device("cpu"), schedule)
     timesteps, trained = scheduler.timesteps[-last:], scheduler.config.num_train_timesteps
