@@ -13,7 +13,7 @@ def main() -> int:
         from show_1 import doctor
 
         return doctor.main(sys.argv[2:])
-    if sys.argv[1:2] == ["replay"] and len(sys.argv) > 2:
+    if sys.argv[1:2] == ["replay"]:
         from show_1 import replay
 
         return replay.main(sys.argv[2:])

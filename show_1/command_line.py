@@ -24,7 +24,7 @@ from show_1.pipeline import (
     draw_seed,
 )
 from show_1.terminal import DownloadBar, draw
-from show_1.video import slug
+from show_1.video import slug, writing
 
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 OUTPUTS = hosts.detect().outputs
@@ -114,7 +114,8 @@ def _whole_number(text: str) -> int:
 
 
 def _free_name(prompt: str, seed: int, taken: Sequence[Path]) -> Path:
-    OUTPUTS.mkdir(parents=True, exist_ok=True)
+    with writing(OUTPUTS):
+        OUTPUTS.mkdir(parents=True, exist_ok=True)
     stem = f"{slug(prompt)}-{seed}"
     names = (f"{stem}{suffix}.mp4" for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
     return next(OUTPUTS / name for name in names if not (OUTPUTS / name).exists() and OUTPUTS / name not in taken)

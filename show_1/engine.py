@@ -139,11 +139,6 @@ def presets(cascade: Cascade) -> dict[str, Cascade]:
     return found
 
 
-def same_models(one: Cascade, other: Cascade) -> bool:
-    """Return whether two cascades load the same weights: the models of all stages, their revisions and variants."""
-    return _models(one) == _models(other)
-
-
 def told(error: Exception, what: str) -> str:
     """Return a failure in two sentences."""
     if isinstance(error, Show1Error):

@@ -32,7 +32,7 @@ from PIL import Image
 
 from show_1 import video
 from show_1.cascade import MAX_PROMPT, STAGES, Cascade
-from show_1.engine import Engine, same_models, told
+from show_1.engine import Engine, told
 from show_1.errors import Show1Error
 from show_1.pipeline import (
     Clip,
@@ -59,6 +59,7 @@ CHANGEABLE["latent_upscale"] += ("negative_prompt",)
 TRIES = 2  # how often a job is begun: one that took the server down twice would do so for ever
 CLIP_HEIGHT = 160  # small clips are enlarged to about this, as players would blur them
 PREVIEW_PAUSE = 0.7  # seconds from one preview to the next
+PREVIEW_FRAMES = 3  # of a preview: more would not be seen before the next one comes
 PREVIEW_PIXELS = 250_000  # in all its frames; larger ones show fewer frames
 WATCHED = 3.0  # seconds after a look at a job in which previews are drawn for it
 log = logging.getLogger("show-1")
@@ -147,9 +148,8 @@ class Jobs:
         calibration = folder / "calibration.json"
         self.engine = Engine(cascade, device, calibration, memory=memory, models=models, offline=offline)
         self._lines = [Line(self.engine)]
-        mini = Cascade.load("mini")
-        if not _are_same(mini, cascade):
-            self._lines.append(Line(Engine(mini, torch.device("cpu"), calibration)))
+        if "mini" not in self.engine.presets:
+            self._lines.append(Line(Engine(Cascade.load("mini"), torch.device("cpu"), calibration)))
         self.presets: dict[str, Cascade] = {}
         for line in self._lines:
             for name, preset in line.engine.presets.items():
@@ -179,6 +179,8 @@ class Jobs:
         for line in self._lines:
             if line.thread is not None:
                 line.thread.join(max(end - time.monotonic(), 0))
+            if line.running is not None:
+                self._put_back(line.running)
         self._beside.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------------------------------------ what visitors can do
@@ -263,7 +265,7 @@ class Jobs:
 
     def stop(self, visitor: str, job: Job) -> None:
         """End a job of this visitor's within one denoising step, with its last clip as the result."""
-        if not job.can_stop:
+        if not job.ended and not job.can_stop:
             raise Show1Error("There is no clip yet to keep.", "Wait for the end of the first stage, or cancel.")
         self._wish(visitor, job, "stop")
 
@@ -319,7 +321,8 @@ class Jobs:
         line = self._line(job.preset)
         queue = self._queue(line)
         waiting = queue[: queue.index(job)] if job in queue else []
-        return [*([line.running] if line.running else []), *waiting]
+        running = line.running  # read once: it may end meanwhile
+        return [*([running] if running else []), *waiting]
 
     def wait(self, job: Job) -> float | None:
         """Return the seconds until a waiting job begins, as far as that can be told."""
@@ -405,9 +408,8 @@ class Jobs:
                 if job.wish and not isinstance(event, Video):
                     break
             events.close()
-            if job.settings is None and self._closing:
-                job.state, job.tries = WAITING, job.tries - 1  # the next start of the server takes it up again
-                self._save_safely(job)
+            if job.settings is None and self._closing and not job.wish:
+                self._put_back(job)
             elif job.settings is None and job.wish == "cancel":
                 self._end(job, CANCELLED, started)
             elif job.settings is None:
@@ -419,7 +421,15 @@ class Jobs:
             job.fault = told(error, "Making this video")
             log.error("A video failed: %s", job.fault, exc_info=not isinstance(error, Show1Error))
             self._end(job, FAILED, started)
-            torch.cuda.empty_cache()  # of what it held the next one may need pieces of other sizes
+            with suppress(Exception):  # a GPU that is broken says so here again, and the next job may be mini's
+                torch.cuda.empty_cache()  # of what it held the next one may need pieces of other sizes
+
+    def _put_back(self, job: Job) -> None:
+        """Leave a job that the closing breaks off to the next start of the server, unless it was to be cancelled."""
+        with self._changed:
+            if job.state == RUNNING:
+                job.state, job.tries = CANCELLED if job.wish == "cancel" else WAITING, job.tries - 1
+                self._save_safely(job)
 
     def _follow(self, job: Job, event: Event, pipeline: Show1Pipeline, engine: Engine) -> None:
         """Take note of what the pipeline tells."""
@@ -465,7 +475,7 @@ class Jobs:
             else:
                 name = f"{stage}.mp4"
                 video.write(self.place(job) / name, *clip_frames(stage, frames, job.cascade), {}, effort="ultrafast")
-            job.clips[stage] = name
+            job.clips = job.clips | {stage: name}  # a new one: another thread may be writing the old one down
         except Show1Error as error:
             job.notices.append(f"The clip of {stage.replace('_', ' ')} could not be kept: {error}")
         with self._changed:
@@ -536,8 +546,10 @@ class Jobs:
     def _give_turn(self, job: Job) -> None:
         """Take fair turns: the next job of one who has some stands behind the first one of everybody who is here."""
         line = self._line(job.preset)
-        others = [other for other in self._jobs.values() if not other.ended and self._line(other.preset) is line]
-        job.turn = max([line.turn, *(other.turn + 1 for other in others if other.taker == job.taker)])
+        own = [other for other in self._jobs.values() if other.taker == job.taker and self._line(other.preset) is line]
+        # Those that had their turn count, too: who asks again each time would else always go before who has two.
+        taken = [other.turn + 1 for other in own if not other.ended or (other.tries and other.cascade)]
+        job.turn = max([line.turn, *taken])
 
     def _total(self, line: Line, jobs: list[Job]) -> float | None:
         """Return the seconds until an engine has done these."""
@@ -546,7 +558,8 @@ class Jobs:
         for job in jobs:
             forecast = job.forecast if job is line.running else None
             if forecast:
-                total += forecast.left(time.monotonic()) or math.nan
+                left = forecast.left(time.monotonic())
+                total += math.nan if left is None else left
             else:
                 costs = line.engine.calibration.costs(job.cascade)
                 steps = dict.fromkeys(PHASES, 0) | stage_steps(job.cascade)
@@ -556,7 +569,7 @@ class Jobs:
     def _check_room(self) -> None:
         waiting = [job for job in list(self._jobs.values()) if job.state == WAITING]
         if len(waiting) >= self.limit:
-            times = [self._total(line, [line.running]) for line in self._lines if line.running]
+            times = [self._total(line, [job]) for line in self._lines if (job := line.running)]
             free = min((seconds for seconds in times if seconds), default=None)
             when = f"in about {duration(free)}" if free else "in a few minutes"
             raise Show1Error(f"The queue is full: {len(waiting)} videos are waiting.", f"Try again {when}.")
@@ -588,6 +601,8 @@ class Jobs:
 
     def _read(self) -> None:
         """Bring the jobs of former runs back, and take up again those that were waiting or at work."""
+        for scratch in self.folder.glob("jobs/*/.show-1-*"):  # of GIFs and clips that were broken off
+            shutil.rmtree(scratch, ignore_errors=True)
         found = []
         for file in self.folder.glob("jobs/*/job.json"):
             try:
@@ -597,7 +612,7 @@ class Jobs:
         for job in sorted(found, key=lambda job: job.created):
             if not job.ended:
                 self._take_up(job)
-            elif self.result(job) and not self.gif(job).is_file():
+            elif (job.state == CANCELLED and job.clips) or (self.result(job) and not self.gif(job).is_file()):
                 self._beside.submit(self._after, job)
             self._jobs[job.id] = job
 
@@ -623,7 +638,7 @@ class Jobs:
 def preview(frames: np.ndarray) -> str:
     """Return (frames, height, width, 3) as a small moving picture, a data URL."""
     _, height, width, _ = frames.shape
-    count = max(min(len(frames), 8, PREVIEW_PIXELS // (height * width)), 1)
+    count = max(min(len(frames), PREVIEW_FRAMES, PREVIEW_PIXELS // (height * width)), 1)
     chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
     first, *others = (Image.fromarray(frames[number]) for number in chosen)
     options = {"save_all": True, "append_images": others, "duration": 250, "loop": 0, "quality": 70, "method": 0}
@@ -660,13 +675,6 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest} s" if rest else f"{minutes} min"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _are_same(mini: Cascade, cascade: Cascade) -> bool:
-    try:
-        return same_models(mini, cascade)
-    except Show1Error:
-        return False  # one whose models are not to be found; that is told when they are loaded
 
 
 def _low_priority() -> None:

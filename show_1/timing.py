@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -80,13 +81,11 @@ class Calibration:
     def __init__(self, file: Path, device: str):
         self.file, self.device = file, device
         self.known: dict[str, Any] = {}
-        try:
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
             stored = json.loads(file.read_text())[device]
             self.known = {
                 key: Cost(**value) if isinstance(value, dict) else float(value) for key, value in stored.items()
             }
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            self.known = {}
 
     def costs(self, cascade: Cascade) -> dict[str, Cost] | None:
         """Return each phase's cost; None where no stage's is known."""
@@ -130,7 +129,7 @@ class Calibration:
         if cost := self.known.get(_key(cascade, phase)):
             return cost
         work, place = _work(cascade, phase), _place(cascade, phase)
-        for key, cost in self.known.items():
+        for key, cost in list(self.known.items()):  # another thread may be learning
             if key.startswith(f"{place} at "):
                 return dataclasses.replace(cost, step=cost.step * work / float(key.rpartition(" at ")[2]))
         return None

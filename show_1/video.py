@@ -135,7 +135,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 def read_frames(path: str | Path) -> np.ndarray:
     """Return a video's frames, (frames, height, width, 3) uint8; raises Show1Error if it is damaged or no MP4."""
-    reader = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgb24")
+    reader = imageio_ffmpeg.read_frames(f"file:{Path(path).absolute()}", pix_fmt="rgb24")
     try:
         width, height = next(reader)["size"]
         return np.stack([np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader])

@@ -474,6 +474,13 @@ def test_plain_http_without_a_prompt_or_with_a_wrong_name_is_told(app, asked):
     assert json.load(refused.value)["detail"].startswith('The call has no "prompt", or an argument of another name.')
 
 
+def test_plain_http_by_position_with_too_few_values_is_told(app):
+    url = f"{app.url}/gradio_api/call/show-1"
+    question = Request(url, json.dumps({"data": ["a cat"]}).encode(), {"Content-Type": "application/json"})
+    event = json.load(urlopen(question))["event_id"]
+    assert "(needed: 4, got: 1)" in urlopen(f"{url}/{event}", timeout=PATIENCE).read().decode()
+
+
 def test_a_tool_for_assistants(app):
     async def use(url: str):
         told = []

@@ -118,6 +118,14 @@ def test_bad_input_is_told_in_two_sentences(tiny_cascade, tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_for_videos_that_cannot_be_made_is_told(tiny_cascade, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").touch()
+    monkeypatch.setattr(sys, "argv", ["show_1", "a cat", "--cascade", str(tiny_cascade)])
+    assert main() == 2
+    assert "outputs cannot be written to the folder" in capfd.readouterr().err
+
+
 def test_damaged_weights_are_named(tiny_cascade, tmp_path, monkeypatch, capfd):
     folder = tmp_path / "models"
     shutil.copytree(tiny_cascade.parent, folder)

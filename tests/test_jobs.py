@@ -116,6 +116,37 @@ def test_a_job_that_took_the_server_down_twice_is_not_taken_up_again(tiny_cascad
     assert after.fault.startswith("The server ended 2 times while it made this video.")
 
 
+def test_what_is_broken_off_is_left_to_the_next_start_and_what_was_cancelled_is_not(tiny_cascade, tmp_path):
+    def stored() -> dict:
+        return json.loads((jobs.place(job) / "job.json").read_text())
+
+    for wish, patience, left in (("", 0, WAITING), ("cancel", 0, CANCELLED), ("cancel", PATIENCE, CANCELLED)):
+        jobs = Jobs(Cascade.load(tiny_cascade), CPU, tmp_path, 12)
+        jobs.start()
+        job = jobs.submit("me", "a cat", None, LONG)
+        until(lambda: job.step)
+        if wish:
+            jobs.cancel("me", job)
+        jobs.close(patience)
+        assert (stored()["state"], stored()["tries"]) == (left, 0 if patience == 0 else 1)
+        jobs.close(PATIENCE)  # a step that took longer than the patience ends nothing once more
+        assert (stored()["state"], stored()["tries"]) == (left, 0 if patience == 0 else 1)
+        (jobs.place(job) / "job.json").unlink()
+
+
+def test_a_start_clears_away_what_the_end_of_the_server_left_behind(one_step_cascade, tmp_path):
+    with jobs_in(tmp_path, one_step_cascade) as before:
+        job = before.submit("me", "a cat")
+        until(lambda: job.ended and len(job.clips) == 4)
+    record = before.place(job) / "job.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"state": CANCELLED}))
+    (before.place(job) / ".show-1-half").mkdir()
+    (before.place(job) / ".show-1-half" / "video.gif").touch()
+    after = Jobs(Cascade.load(one_step_cascade), CPU, tmp_path, 12)
+    until(lambda: [file.name for file in after.place(job).iterdir()] == ["job.json"])
+    until(lambda: after.get(job.id).clips == {})
+
+
 def test_a_preset_that_is_gone_is_told(tiny_cascade, tmp_path):
     jobs = Jobs(Cascade.load(tiny_cascade), CPU, tmp_path, 12)
     job = jobs.submit("me", "a cat")
@@ -220,6 +251,11 @@ def test_stop_keeps_the_last_clip_as_the_result(jobs):
     assert job.settings["stopped_after"] == "interpolation"
     assert video.read_metadata(jobs.result(job))["seed"] == 7
     assert len(video.read_frames(jobs.result(job))) == 9
+    jobs.stop("me", job)  # clicked once more, a moment too late
+    said = views.what(jobs, job)
+    (jobs.folder / job.file).unlink()
+    assert said.startswith("Stopped after the interpolation")
+    assert views.what(jobs, job) == "This video's file is gone from the server"
 
 
 def test_turns_are_fair_and_the_queue_is_bounded(tiny_cascade, tmp_path):
@@ -232,6 +268,22 @@ def test_turns_are_fair_and_the_queue_is_bounded(tiny_cascade, tmp_path):
         jobs.submit("them", "a cat")
     jobs.cancel("me", mine[1])
     jobs.submit("them", "a cat")
+
+
+def test_who_asks_anew_each_time_does_not_keep_others_waiting(jobs):
+    mine = [jobs.submit("me", "a cat", None, LONG) for _ in range(2)]
+    running = mine[0]
+    for visitor, others in (("you", []), ("them", [])):  # each has its first turn before the second of mine
+        following = jobs.submit(visitor, "a dog", None, LONG)
+        until(lambda: running.step)
+        assert jobs.ahead(following) == [running, *others]
+        jobs.cancel("me" if running is mine[0] else "you", running)
+        running = following
+    until(lambda: running.step)
+    again = jobs.submit("you", "a dog", None, LONG)
+    assert jobs.ahead(again) == [running, mine[1]]
+    for visitor, job in (("them", running), ("me", mine[1]), ("you", again)):
+        jobs.cancel(visitor, job)
 
 
 def test_programs_at_one_address_take_turns_as_one(tiny_cascade, tmp_path):
@@ -308,6 +360,10 @@ def test_a_failure_in_a_stage_ends_its_job_and_not_the_queue(jobs, monkeypatch):
                 raise RuntimeError("a kernel died")
         return real(self, *arguments, **options)
 
+    def broken_too():
+        raise RuntimeError("a kernel died")  # as CUDA says of all that is asked of it after that
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", broken_too)
     monkeypatch.setattr(UNet3DConditionModel, "forward", broken)
     first, second = jobs.submit("me", "a cat", changes={"interpolation": {"steps": 2}}), jobs.submit("me", "a dog")
     until(lambda: second.ended)

@@ -76,6 +76,7 @@ def test_names_are_taken_as_they_are(tmp_path, monkeypatch):
     for name in ("-y.mp4", "a %03d.mp4", "concat:b.mp4", "ä 😀.mp4"):
         video.write(name, FRAMES, 8, {"name": name})
         assert video.read_metadata(name)["name"] == name
+        assert len(video.read_frames(name)) == len(FRAMES)
     assert len(os.listdir()) == 4
 
 

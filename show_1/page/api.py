@@ -1,7 +1,6 @@
 """The same jobs for programs: gradio_client, plain HTTP, and assistants by MCP."""
 
 import asyncio
-import html
 import secrets
 from collections.abc import AsyncIterator
 from typing import Any, ClassVar
@@ -24,6 +23,7 @@ class Assistants:
     """Middleware that knows the requests of assistants that are still open, by a name that it gives to each.
 
     Gradio answers them by calling itself, hands their headers on, and does not end its call when they hang up (6.31).
+    Their addresses go with them, too.
     """
 
     waiting: ClassVar[set[str]] = set()
@@ -37,8 +37,10 @@ class Assistants:
             return
         name = secrets.token_urlsafe(16)
         self.waiting.add(name)
+        headers = [pair for pair in scope["headers"] if pair[0] != b"x-forwarded-for"]
+        headers += [(b"x-assistant", name.encode()), (b"x-forwarded-for", scope["client"][0].encode())]
         try:
-            await self.app(scope | {"headers": [*scope["headers"], (b"x-assistant", name.encode())]}, receive, send)
+            await self.app(scope | {"headers": headers}, receive, send)
         finally:
             self.waiting.discard(name)
 
@@ -76,7 +78,7 @@ def add_endpoint(jobs: Jobs) -> None:
         visitor, job = secrets.token_urlsafe(24), None
         assistant = request.headers.get("x-assistant")
         try:
-            with form.told():
+            with form.told(escaped=False):
                 asked = prompt, form.seed(seed), settings, None if preset == "" else preset
                 job = await asyncio.to_thread(jobs.submit, visitor, *asked, caller=request.client.host)
             changed = told_at = None
@@ -91,7 +93,7 @@ def add_endpoint(jobs: Jobs) -> None:
                     yield None, str(job.seed), None, status
                 await asyncio.sleep(0.1)
             if job.state in (FAILED, CANCELLED):
-                raise gr.Error(html.escape(job.fault or "It was cancelled.", quote=False), print_exception=False)
+                raise gr.Error(job.fault or "It was cancelled.", print_exception=False)
             yield str(jobs.result(job)), str(job.seed), job.settings, views.report(jobs, job)
         finally:
             if job and not job.ended:

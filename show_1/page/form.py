@@ -2,6 +2,8 @@
 
 import html
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
@@ -88,20 +90,18 @@ def short(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-class told:
-    """Turn what goes wrong into a sentence in the page; never a stack trace."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _, error: BaseException | None, __) -> None:
-        if not isinstance(error, Exception):
-            return
+@contextmanager
+def told(escaped: bool = True) -> Iterator[None]:
+    """Turn what goes wrong into a sentence; never a stack trace. The page shows it as HTML, and so it is `escaped`."""
+    try:
+        yield
+    except Exception as error:
         message = str(error)
         if not isinstance(error, Show1Error):
             log.exception("a request failed")
             message = "That failed; the server's log says why. Try again, or with other settings."
-        raise gr.Error(html.escape(message, quote=False), duration=None, print_exception=False) from error
+        message = html.escape(message, quote=False) if escaped else message
+        raise gr.Error(message, duration=None, print_exception=False) from error
 
 
 def _number(text: str) -> int | float | str:

@@ -17,9 +17,9 @@ from show_1.page.frames import FewerFrames
 from show_1.pipeline import draw_seed
 from show_1.replay import differences, here, read
 
-PAUSE = 0.8  # seconds after which a page that looks is answered, news or not
-HERE = Path(__file__).parent
+PAUSE = 1.0  # seconds after which a page that looks is answered, news or not; previews come sooner
 FONTS = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}  # none from the web
+CSS, SCRIPT = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
 STYLE = {  # for `gr.Blocks.launch`
     "app_kwargs": {
         "middleware": [Middleware(FewerFrames), Middleware(Assistants)],
@@ -27,7 +27,7 @@ STYLE = {  # for `gr.Blocks.launch`
     },
     "theme": gr.themes.Base(primary_hue="indigo", neutral_hue="zinc", **FONTS),
     # In the head, as Gradio would rewrite the selectors of what it takes as `css`.
-    "head": f"<style>{(HERE / 'page.css').read_text()}</style><script>{(HERE / 'page.js').read_text()}</script>",
+    "head": f"<style>{CSS}</style><script>{SCRIPT}</script>",
 }
 
 # The address of the page says which job it shows. So a reload, the back button and another browser all find it.
@@ -70,8 +70,8 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
             return job.prompt, str(job.seed), preset, *form.texts(job.changes)
 
     def reuse_seed(id: str):
-        job = jobs.get(id)
-        return str(job.seed) if job else gr.skip()
+        with form.told():
+            return str(_known(jobs, id).seed)
 
     def choose(preset: str):
         """Show what a preset's settings are, and what can be asked of it."""
@@ -212,8 +212,8 @@ def _part(name: str, **settings: Any) -> None:
 
 
 def _news(id: str, job: Job | None) -> list:
-    """Return what a visitor wants to hear of at once; steps, times and previews would cost too much."""
-    return [id, *((job.state, job.stage, job.wish, len(job.clips), len(job.notices)) if job else ())]
+    """Return what a visitor wants to hear of at once; steps and times are told with it."""
+    return [id, *((job.state, job.stage, job.wish, len(job.clips), len(job.notices), job.previewed) if job else ())]
 
 
 def _known(jobs: Jobs, id: str) -> Job:

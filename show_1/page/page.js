@@ -17,7 +17,7 @@ const show1 = {
     goTo(job) {
         if (job) {
             history.pushState(null, '', '?job=' + job);
-            document.querySelector('#screen').scrollIntoView({ behavior: 'smooth', block: 'nearest' });
+            document.querySelector('#screen').scrollIntoView({ block: 'nearest' });
         }
         show1.look();
     },
@@ -29,6 +29,7 @@ const show1 = {
         for (let missed = 0; !begun;) {
             missed = await show1.look(show1.news) ? 0 : missed + 1;
             show1.tellAway(missed > 1);
+            if (missed > 1 && await show1.loggedOut()) location.reload();  // to where one logs in
             if (missed) await new Promise(done => setTimeout(done, 1000));
         }
     },
@@ -111,6 +112,9 @@ const show1 = {
         show1.told = show1.job();
     },
 
+    // Logins end with the server that they were for.
+    loggedOut: () => fetch('config').then(({ status }) => status === 401, () => false),
+
     tellAway(away) {
         const place = document.querySelector('#away .part');
         if (away !== Boolean(place.textContent))
@@ -164,7 +168,7 @@ document.addEventListener('click', event => {
         event.preventDefault();
         history.pushState(null, '', link.getAttribute('href'));
         show1.look();
-        window.scrollTo({ top: 0, behavior: 'smooth' });
+        window.scrollTo({ top: 0 });
     }
 });
 document.addEventListener('click', () => setTimeout(show1.describe));

@@ -1,8 +1,4 @@
-"""What is shown: a job as HTML. All that came from people goes through `_text`.
-
-Gradio evaluates what a `gr.HTML` is given as a JavaScript template, so a prompt with `${…}` in it would be run. The
-parts that tell of jobs are put into the page by page.js instead.
-"""
+"""What is shown: a job as HTML. All that came from people goes through `_text`."""
 
 import html
 import json
@@ -57,8 +53,10 @@ def what(jobs: Jobs, job: Job) -> str:
             return "Reading the prompt"
         ending = {"cancel": "Cancelling", "stop": "Stopping"}.get(job.wish)
         return ending or f"Stage {STAGES.index(job.stage) + 1} of {len(STAGES)}: {words(job.stage)}"
+    if job.state in (DONE, STOPPED) and not jobs.result(job):
+        return "This video's file is gone from the server"
     if job.state == DONE:
-        return f"Done in {job.seconds} seconds" if jobs.result(job) else "This video's file is gone from the server"
+        return f"Done in {job.seconds} seconds"
     if job.state == STOPPED:
         return f"Stopped after the {words(job.settings['stopped_after'])}: this is the clip"
     return f"No video was made. {job.fault}" if job.state == FAILED else "Cancelled"
