@@ -21,7 +21,7 @@ from show_1.errors import exit_code
 from show_1.jobs import Jobs
 from show_1.page import STYLE, build
 from show_1.pipeline import check_device, default_cascade
-from show_1.placement import keep_freed_memory
+from show_1.placement import device_memory, keep_freed_memory, parse_memory
 from show_1.video import check_writable
 
 
@@ -66,6 +66,8 @@ def _serve(arguments: argparse.Namespace) -> None:
     device = check_device(arguments.device)
     if device.type == "cpu":
         keep_freed_memory()  # before there are the threads that make videos
+    if arguments.memory is not None:
+        parse_memory(arguments.memory, device_memory(device)[1])
     cascade = Cascade.load(arguments.cascade or default_cascade(device))
     outputs = arguments.output_dir.resolve()
     try:

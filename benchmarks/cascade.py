@@ -34,7 +34,7 @@ from show_1.errors import check_outputs, exit_code
 from show_1.pipeline import check_device, default_cascade, default_dtype
 from show_1.timing import wait_for
 
-MEASURES = ("steps", "schedule", "guidance_interval", "reuse")  # of a fast cascade; steps take their schedule along
+MEASURES = ("steps", "guidance_interval", "reuse")  # of a fast cascade; steps take their schedule along
 
 
 class Clock:
@@ -189,8 +189,6 @@ def measures(fast: Cascade, exact: Cascade) -> dict[str, Cascade]:
     variants, mine = {}, fast.settings()
     stages = STAGES[1:]
     for measure in MEASURES:
-        if measure == "schedule":
-            continue
         changed = {}
         for stage in stages:
             keys = (measure, "schedule") if measure == "steps" else (measure,)
@@ -284,7 +282,7 @@ def plot(found: dict, file: Path) -> None:
     axes.set_ylabel("seconds")
     axes.set_title(f"{found['cascade']} on {found['device']}: {found['ratio']:.1f} times as fast end to end")
     axes.legend()
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=120, format="png")
 
 
 def _number(value: float | None) -> str:
@@ -339,7 +337,9 @@ def _run(arguments: argparse.Namespace) -> None:
         raise Show1Error("Only whole videos of a cascade with a fast preset have measures.", "Take show-1 or mini.")
     random = arguments.weights == "random"
     if random and device.type == "cpu":
-        raise Show1Error("Full-size models take hours on a CPU.", "Run this where a GPU is, or take the cascade mini.")
+        raise Show1Error(
+            "Full-size models take hours on a CPU.", "Run this where a GPU is, or take mini's own weights."
+        )
     check_outputs(arguments.json, arguments.plot)
     if arguments.plot is not None:
         pyplot()

@@ -133,6 +133,11 @@ def explain(error: Exception, what: str, repository: str = "", *, reads_gated: b
             f"Wait {_shown(retry_after(error))}, log in if you are not (python login.py), and start again: what has "
             "come is kept.",
         )
+    if status == 404:
+        return Show1Error(
+            f"The hub lists a file of {what} that it does not have (404): {error.response.url.path}.",
+            "Name another `revision` or `model` for that table, or tell the model's authors.",
+        )
     if status and status >= 500:
         return Show1Error(
             f"The hub fails ({status}) when asked for {what}.",

@@ -267,7 +267,7 @@ class Cascade:
         Raises Show1Error, naming `--set` and the text given. Settings that must agree are looked at when all are made.
         """
         assignments = list(assignments)
-        settings = self.settings()
+        settings, given = self.settings(), set()
         for assignment in assignments:
             where = f"--set {assignment}"
             path, equals, value = (part.strip() for part in assignment.partition("="))
@@ -281,6 +281,9 @@ class Cascade:
             rule = _rules(owner)[key]
             place = settings[table[0]] if table else settings
             place[key] = _checked(rule, key, _parsed(value, rule), where)
+            given.add(path)
+        if "first_frame.schedule" not in given:
+            leave_out_schedule(settings)
         where = " ".join(f"--set {assignment}" for assignment in assignments)
         return dataclasses.replace(_build(Cascade, settings, where, file=self.file), about=self.about)
 
@@ -319,6 +322,13 @@ class Cascade:
             f"{self.file}, table [{table}]: there is no folder {folder} for model = {_shown(model)}.",
             'Give a folder relative to that file, or a hub id like "showlab/show-1-base".',
         )
+
+
+def leave_out_schedule(settings: dict[str, Any]) -> None:
+    """Have the first frame's steps, where others are asked for than its schedule has, spread as usual."""
+    first_frame = settings["first_frame"]
+    if re.sub(r"\D", "", first_frame.get("schedule", "")) != str(first_frame["steps"]):
+        first_frame.pop("schedule", None)
 
 
 def _words(prose: str) -> list[str]:

@@ -79,6 +79,8 @@ def _run(arguments: argparse.Namespace) -> None:
         )
     outs: list[Path] = []
     for prompt in prompts:
+        check_request(prompt, seed, None)  # before a folder is made for them
+    for prompt in prompts:
         outs.append(arguments.out or _free_name(prompt, seed, outs))
         check_request(prompt, seed, outs[-1])
     if arguments.save_stages is not None:

@@ -278,7 +278,7 @@ def _missing(table: str, where: Path | str, what: str) -> Show1Error:
 
 
 def _inside(folder: Path) -> list[str]:
-    return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    return [f"{file.parent.name}/{file.name}" for file in folder.glob("*/*") if file.is_file()]  # follows links
 
 
 def _size(folder: Path, table: str, variant: str | None) -> int:
@@ -509,15 +509,16 @@ def _patiently(ask: Callable[[], T], came: Callable[[], int] | None = None) -> T
     It is given up after as many tries as there are WAITS, counted from the last that brought something by `came`, the
     number of bytes that are here. A question, without `came`, that nobody answers is not repeated: there is no network.
     """
-    tries = 0
+    tries, most = 0, came() if came else 0
     while True:
-        before = came and came()
         try:
             return ask()
         except (HfHubHTTPError, TransportError) as error:
             if came is None and isinstance(error, ConnectError | TimeoutException):
                 raise
-            tries = tries + 1 if before == (came and came()) else 1
+            here = came() if came else 0
+            tries = 1 if here > most else tries + 1  # what has come twice is no progress
+            most = max(most, here)
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
             asked = retry_after(error)
             if tries > len(WAITS) or (asked or 0) > LONGEST_WAIT or not (status in (None, 408, 429) or status >= 500):

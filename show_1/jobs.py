@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 
 from show_1 import video
-from show_1.cascade import MAX_PROMPT, STAGES, Cascade
+from show_1.cascade import MAX_PROMPT, STAGES, Cascade, leave_out_schedule
 from show_1.engine import Engine, told
 from show_1.errors import Show1Error
 from show_1.pipeline import (
@@ -292,6 +292,7 @@ class Jobs:
                         f"What can be changed there: {', '.join(CHANGEABLE[stage])}.",
                     )
             settings[stage] |= values
+        leave_out_schedule(settings)
         cascade = Cascade.from_settings(settings, Path("Settings"))
         return dataclasses.replace(cascade, file=base.file, about=base.about)
 

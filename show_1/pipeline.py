@@ -36,6 +36,13 @@ from show_1.stages import (
 from show_1.stages.denoise import try_steps
 from show_1.text import TOKENS, dropped_words, listed
 
+# What may condition a UNet besides its time, by the keys of its configuration: all that the stages can give.
+GIVEN = {
+    "class_embed_type": (None, "timestep"),
+    "num_class_embeds": (None,),
+    "addition_embed_type": (None, "text"),
+    "encoder_hid_dim_type": (None, "text_proj"),
+}
 MAX_SEED = 2**53 - 1  # the largest whole number that JSON and browsers keep exactly
 
 
@@ -70,7 +77,7 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Clip:
-    """What a stage has made: (prompts, 3, frames, height, width) in [−1, 1]; the first frame without the frames."""
+    """What a stage has made: (prompts, 3, frames, height, width), about [−1, 1]; the first frame without the frames."""
 
     stage: str
     tensor: torch.Tensor
@@ -86,7 +93,7 @@ class Video:
     """The result: frames (frames, height, width, 3) uint8, and the settings that made them.
 
     `tensors` holds what the stages have passed on, on the CPU: prompt_embeds and negative_prompt_embeds
-    (1, 77, features), keyframes, interpolated, first_frame, pixel_upscaled in [−1, 1], and video, about [−1, 1].
+    (1, 77, features), keyframes, interpolated, first_frame, pixel_upscaled and video, about [−1, 1].
     """
 
     frames: np.ndarray
@@ -149,6 +156,9 @@ class Show1Pipeline:
         cascade = name_or_file
         if not isinstance(cascade, Cascade):
             cascade = Cascade.load(cascade or default_cascade(device))
+        cascade.unknown_words("")  # a list of words that cannot be read, or no memory, is told before all is fetched
+        if memory is not None:
+            placement.parse_memory(memory, placement.device_memory(device)[1])
         folders = hub.fetch(cascade, models=models, offline=offline, report=report)
         weights = placement.weight_bytes(cascade, folders, dtype)
         tier = placement.choose(cascade, device, weights, memory)
@@ -339,6 +349,13 @@ class Show1Pipeline:
                     f"{_inputs(*takes)}, and this stage has {_inputs(*gives)}.",
                     "Name the model that was made for this stage.",
                 )
+            for key, given in GIVEN.items():
+                if (value := unet.config.get(key)) not in given:
+                    raise Show1Error(
+                        f"{self.cascade.file}, table [{table}]: the UNet of {getattr(self.cascade, table).model} has "
+                        f"{key} = {value!r}, for which this stage has nothing to give.",
+                        "Name the model that was made for this stage.",
+                    )
             channels = latents if table == "latent_upscale" else 3
             if unet.config.out_channels < channels:
                 raise Show1Error(
@@ -417,13 +434,18 @@ class Request:
 
 @contextlib.contextmanager
 def _telling_full_memory(what: str) -> Iterator[None]:
-    """Raise Show1Error where the GPU's memory is full while `what` is done."""
+    """Raise Show1Error where the memory is full while `what` is done."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            place, remedy = "the GPU", "allow less of it (--memory, or memory=), or take a smaller cascade"
+        elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # PyTorch's words on a CPU
+            place, remedy = "this computer", "or take smaller frames, or a smaller cascade"
+        else:
+            raise
         raise Show1Error(
-            f"{what} failed: the memory of the GPU is full.",
-            "Close what else uses it, allow less of it (--memory, or memory=), or take a smaller cascade.",
+            f"{what} failed: the memory of {place} is full.", f"Close what else uses it, {remedy}."
         ) from error
 
 
@@ -440,7 +462,9 @@ def _requests(
     if not prompts:
         raise Show1Error("There is no prompt.", "Give one, or a list of at least one.")
     seeds = list(seed) if isinstance(seed, Sequence) else [draw_seed() if seed is None else seed] * len(prompts)
-    paths = [path] * len(prompts) if path is None else [path] if isinstance(path, str | Path) else list(path)
+    seeds = [draw_seed() if one is None else one for one in seeds]
+    several = isinstance(path, Iterable) and not isinstance(path, str | Path)
+    paths = list(path) if several else [path] * len(prompts) if path is None else [path]
     for what, values in (("seeds", seeds), ("paths", paths)):
         if len(values) != len(prompts):
             raise Show1Error(
@@ -450,7 +474,8 @@ def _requests(
         check_request(*one)
     # Where they are now, wherever the current folder is when the video is made.
     paths = [path and Path(path).absolute() for path in paths]
-    if path is not None and len({os.path.realpath(path) for path in paths}) < len(paths):
+    given = [os.path.realpath(path) for path in paths if path is not None]
+    if len(set(given)) < len(given):
         raise Show1Error("Two prompts have the same path.", "Give each a file of its own.")
     return [Request(*one) for one in zip(prompts, seeds, paths, strict=True)]
 
@@ -467,6 +492,8 @@ def check_request(prompt: str, seed: int | None, path: str | Path | None) -> Non
         )
     if seed is not None and (type(seed) is not int or not 0 <= seed <= MAX_SEED):
         raise Show1Error(f"The seed cannot be {repr(seed)[:60]}.", f"Give a whole number from 0 to {MAX_SEED}.")
+    if path is not None and not isinstance(path, str | Path):
+        raise Show1Error(f"The path cannot be {repr(path)[:60]}.", "Give the name of a file, as a text or a Path.")
     if path is not None:
         video.check_writable(path)
 
@@ -508,7 +535,7 @@ def check_device(device: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(device)
         torch.zeros(1, device=device).item()  # of the device "meta" there is nothing to read
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise Show1Error(
             f"There is no device {str(device)!r} here: {str(error).splitlines()[0].rstrip('.')}.",
             "Leave the device out to use what there is, or say cpu.",

@@ -86,9 +86,15 @@ def choose(cascade: Cascade, device: torch.device, weights: int, memory: str | N
     for tier in tiers:
         if tier.needs(weights) <= free:
             return tier
+    if memory is not None:
+        least = math.ceil(tiers[-1].needs(weights) / CARD / 10**8) / 10
+        raise Show1Error(
+            f"{cascade.name} does not run with --memory {memory} on {device.type}.",
+            f"Give at least {least} GB, leave it out, or take the cascade mini.",
+        )
     raise Show1Error(
-        f"{cascade.name} needs {_shown(tiers[-1].needs(weights))} of free memory on {device.type} at the least; "
-        f"there are {_shown(free)}.",
+        f"{cascade.name} needs {hub.gigabytes(tiers[-1].needs(weights))} of free memory on {device.type} at the least; "
+        f"there are {hub.gigabytes(free)}.",
         "Close other programs, choose another device, or take the cascade mini.",
     )
 
@@ -223,16 +229,12 @@ def device_memory(device: torch.device) -> tuple[int, int]:
 
 def parse_memory(memory: str, total: int) -> int:
     """Return "12GB" as bytes; raise Show1Error for nonsense and for more than the `total` that there is."""
-    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)\s*([GM]i?B)", memory.strip(), re.IGNORECASE | re.ASCII)
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)\s*([GM]i?B)", str(memory).strip(), re.IGNORECASE | re.ASCII)
     size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
     if size == 0:
         raise Show1Error(f"The memory cannot be {memory!r}.", 'Give a size like "12GB" or "800MB".')
     if size > total * 1.1:  # what is sold as 12 GB may show a little less
         raise Show1Error(
-            f"The memory cannot be {memory!r}: the device has {_shown(total)}.", "Give less, or leave it out."
+            f"The memory cannot be {memory!r}: the device has {hub.gigabytes(total)}.", "Give less, or leave it out."
         )
     return size
-
-
-def _shown(size: int) -> str:
-    return f"{size / GB:.1f} GB" if size >= GB else f"{size / 10**6:.0f} MB"

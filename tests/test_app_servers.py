@@ -159,6 +159,7 @@ def test_bad_flags_are_told_in_two_sentences(tiny_cascade, tmp_path):
             "--auth": ["--auth", "me"],
             "--mcp": ["--auth", "me:secret", "--mcp"],
             "queue size": ["--queue-size", "0"],
+            "memory": ["--memory", "lots"],
         }
         (tmp_path / "file").touch()
         # One process for all, as each would take seconds to start.

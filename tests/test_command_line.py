@@ -118,6 +118,13 @@ def test_bad_input_is_told_in_two_sentences(tiny_cascade, tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_refused_leaves_no_folder_behind(tiny_cascade, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["show_1", "a cat", "--also", " ", "--cascade", str(tiny_cascade)])
+    assert main() == 2
+    assert "The prompt is empty" in capfd.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_a_folder_for_videos_that_cannot_be_made_is_told(tiny_cascade, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").touch()

@@ -84,6 +84,13 @@ def test_measures_out_of_range(assignment, words):
         Cascade.load("show-1").override([assignment])
 
 
+def test_other_steps_leave_the_schedule_out():
+    fast = Cascade.load("show-1-fast")
+    other = fast.override(["first_frame.steps=30"]).first_frame
+    assert (fast.first_frame.schedule, other.steps, other.schedule) == ("smart27", 30, None)
+    assert fast.override(["first_frame.steps=27", "keyframes.steps=3"]).first_frame == fast.first_frame
+
+
 def test_schedule_is_the_authors_list(pipeline):
     text, image = pipeline.keyframes.encode(tiny.PROMPT), torch.zeros(1, 3, 4, 6)
     seen = []

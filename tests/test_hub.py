@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -372,6 +373,19 @@ def test_goes_on_after(server, client, tiny_cascade, new_model, faults):
 def test_asks_again_for_the_list_of_files(server, client, tiny_cascade, new_model, refusal):
     server.busy[new_model] = [refusal]
     assert "folders" in client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
+
+
+def test_what_comes_again_from_its_beginning_is_no_progress(monkeypatch):
+    monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
+    sizes, asked = itertools.cycle([0, 5, 0, 3, 0, 4]), []
+
+    def ask():
+        asked.append(1)
+        raise hub.TransportError("the connection broke")
+
+    with pytest.raises(hub.TransportError):
+        hub._patiently(ask, lambda: next(sizes))
+    assert len(asked) == 1 + len(hub.WAITS)
 
 
 @pytest.mark.parametrize("file", UNET)

@@ -124,7 +124,7 @@ def test_what_is_broken_off_is_left_to_the_next_start_and_what_was_cancelled_is_
         jobs = Jobs(Cascade.load(tiny_cascade), CPU, tmp_path, 12)
         jobs.start()
         job = jobs.submit("me", "a cat", None, LONG)
-        until(lambda: job.step)
+        until(lambda job=job: job.step)
         if wish:
             jobs.cancel("me", job)
         jobs.close(patience)
@@ -275,7 +275,7 @@ def test_who_asks_anew_each_time_does_not_keep_others_waiting(jobs):
     running = mine[0]
     for visitor, others in (("you", []), ("them", [])):  # each has its first turn before the second of mine
         following = jobs.submit(visitor, "a dog", None, LONG)
-        until(lambda: running.step)
+        until(lambda running=running: running.step)
         assert jobs.ahead(following) == [running, *others]
         jobs.cancel("me" if running is mine[0] else "you", running)
         running = following

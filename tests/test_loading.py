@@ -359,6 +359,13 @@ def test_what_is_missing_is_named(copy, tmp_path, table, missing, said):
     refusal(lambda: repository(tmp_path, table), f"[{table}]", FOLDERS[table], said)
 
 
+def test_a_component_may_be_a_link(copy, tmp_path):
+    folder = copy("keyframes")
+    (folder / "unet").rename(tmp_path / "another")
+    (folder / "unet").symlink_to(tmp_path / "another", target_is_directory=True)
+    load(tmp_path, "keyframes", "unet")
+
+
 def test_missing_model_folder(tmp_path):
     toml = tmp_path / "cascade.toml"
     toml.write_text(tiny.CASCADE.replace("showlab/show-1-sr1", "models/here/sr1"))

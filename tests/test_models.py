@@ -507,6 +507,16 @@ def test_frame_attention_is_the_temporal_transformers():
     assert ours == {name for name in unet.attn_processors if "temp_attentions" in name} != set()
 
 
+@on_both
+@torch.no_grad()
+def test_short_attention_makes_no_numbers_of_what_is_none(kernels, device, dtype):
+    kernels = importlib.import_module(f"show_1.models.{kernels}")
+    numbers = torch.randn(2, 8, 24, device=device, dtype=dtype)
+    for place in range(3):
+        q, k, v = (torch.full_like(numbers, torch.nan) if place == n else numbers for n in range(3))
+        assert kernels.short_attention(q, k, v, 3).isnan().all()
+
+
 @pytest.mark.parametrize("frames", [1, 5, 8, 16])
 @pytest.mark.parametrize("features", [5, 10, 12, 15, 20, 64])
 @pytest.mark.parametrize("heads", [3, 64])

@@ -373,11 +373,17 @@ def test_a_stage_saves_and_loads_as_a_diffusers_pipeline(pipeline, result, tmp_p
         ({"prompt": ["a cat", "a dog"], "path": "cats.mp4"}, "2 prompts, and paths for 1"),
         ({"prompt": ["a cat", "a dog"], "path": ["a.mp4", "a.mp4"]}, "same path"),
         ({"prompt": ["a cat", "a dog"], "path": ["a.mp4", "./a.mp4"]}, "same path"),
+        ({"path": 5}, "path cannot be 5"),
+        ({"prompt": ["a cat", "a dog"], "path": ["a.mp4", 5]}, "path cannot be 5"),
     ],
 )
 def test_bad_requests_are_refused_at_once(pipeline, request_, words):
     with pytest.raises(Show1Error, match=words):
         pipeline.stream(**{"prompt": "a cat", **request_})
+
+
+def test_some_of_several_videos_may_have_no_seed_and_no_path(pipeline, tmp_path):
+    pipeline.stream(["a cat", "a dog", "a fox"], seed=[1, None, None], path=[None, tmp_path / "b.mp4", None])
 
 
 def test_a_path_may_be_a_link_that_leads_nowhere(pipeline, tmp_path):
@@ -430,6 +436,9 @@ def test_a_model_in_the_table_of_another_is_refused_before_anything_runs(pipelin
 @pytest.mark.parametrize(
     ("table", "component", "key", "value", "words"),
     [
+        ("keyframes", "unet", "num_class_embeds", 10, "has num_class_embeds = 10, for which this stage has nothing"),
+        ("latent_upscale", "unet", "addition_embed_type", "text_time", "has addition_embed_type = 'text_time', for"),
+        ("pixel_upscale", "unet", "class_embed_type", "identity", "has class_embed_type = 'identity', for which"),
         ("keyframes", "unet", "out_channels", 2, "the UNet of .*base gives 2 channels, and this stage needs 3"),
         ("latent_upscale", "unet", "out_channels", 3, "gives 3 channels, and this stage needs 4"),
         ("keyframes", "text_encoder", "vocab_size", 20, "knows 20 tokens and reads 77 at once, and is given 77 of"),

@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -63,6 +64,12 @@ def test_a_size_given_stands_for_a_card(monkeypatch):
             placement.choose(cascade, cuda, SHOW_1, memory)
     with pytest.raises(Show1Error, match=r"'90GB': the device has 80\.0 GB"):
         placement.choose(cascade, cuda, SHOW_1, "90GB")
+    with pytest.raises(
+        Show1Error, match=r"does not run with --memory 5\.3GB on cuda\. Give at least (.*GB),"
+    ) as refused:
+        placement.choose(cascade, cuda, SHOW_1, "5.3GB")
+    least = re.search(r"at least (.*GB)", str(refused.value))[1]
+    assert placement.choose(cascade, cuda, SHOW_1, least) == TIERS[-1]
 
 
 def test_weights_count_as_they_are_loaded(tiny_cascade):

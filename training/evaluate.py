@@ -30,6 +30,7 @@ from show_1 import Show1Pipeline
 from show_1.errors import check_outputs, exit_code
 from show_1.pipeline import check_device
 from show_1.stages.denoise import finish
+from show_1.video import writing
 from training import judge, world
 from training.batches import FULL, MEDIUM, SMALL, bicubic, degrade
 from training.redraw import TIMES
@@ -201,7 +202,6 @@ def stages_earn_their_place(pipeline: Show1Pipeline, count: int) -> dict:
 
 def show(results: list[tuple[np.ndarray, str]], folder: Path) -> None:
     """Write a contact sheet of the videos, mini.png, and the first three as moving pictures, mini-1.webp, …"""
-    folder.mkdir(parents=True, exist_ok=True)
     contact_sheet(results).save(folder / "mini.png", optimize=True)
     for number, (frames, _) in enumerate(results[:3], start=1):
         first, *others = (Image.fromarray(frame) for frame in frames)
@@ -243,7 +243,12 @@ def main() -> None:
         "--pictures", type=Path, metavar="FOLDER", help="write a contact sheet and some moving pictures"
     )
     arguments = parser.parse_args()
+    if min(arguments.videos, arguments.pairs, arguments.stages) < 0:
+        parser.error("there cannot be fewer than 0 videos, pairs or stages")
     check_outputs(arguments.json)
+    if arguments.pictures is not None:
+        with writing(arguments.pictures):
+            arguments.pictures.mkdir(parents=True, exist_ok=True)
     world.sprites()  # a missing font is said here, not after an hour
     pipeline = Show1Pipeline.from_cascade(arguments.cascade, arguments.device)
     began, found = time.monotonic(), {"seconds_per_video": seconds_a_video(pipeline)}

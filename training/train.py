@@ -12,6 +12,7 @@ weights in show_1/mini.
 import argparse
 import copy
 import json
+import math
 import os
 import pickle
 import platform
@@ -318,6 +319,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.stage not in ("all", *stages.STAGES):
         parser.error(f"there is no stage {arguments.stage!r}; choose all or one of: {', '.join(stages.STAGES)}")
+    if not (0 < arguments.minutes < math.inf and 0 < arguments.rate < math.inf):
+        parser.error("minutes and rate have to be numbers above 0")
+    if arguments.processes is not None and arguments.processes < 1:
+        parser.error("at least one process has to train")
     device = check_device(None if arguments.device == "auto" else arguments.device)
     if arguments.seed is None:
         arguments.seed = int.from_bytes(os.urandom(3), "little")

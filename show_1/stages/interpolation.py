@@ -34,7 +34,7 @@ class InterpolationPipeline(Stage):
         seed: int | Sequence[int],
         **measures: Any,
     ) -> Generator[Step, None, torch.Tensor]:
-        """Yield `steps` steps; return (prompts, 3, 4·(n − 1) + 1, height, width) in [−1, 1].
+        """Yield `steps` steps; return (prompts, 3, 4·(n − 1) + 1, height, width) about [−1, 1].
 
         `keyframes` is (prompts, 3, n, height, width) in [−1, 1]. The segments of a prompt share their noise, also that
         which a scheduler draws, and nothing else, so they run as one batch; a step's sample holds one a row.

@@ -45,7 +45,7 @@ class KeyframesPipeline(Stage):
         shared_noise: float = 0.0,
         **measures: Any,
     ) -> Generator[Step, None, torch.Tensor]:
-        """Yield `steps` steps; return the keyframes, (prompts, 3, frames, height, width) in [−1, 1].
+        """Yield `steps` steps; return the keyframes, (prompts, 3, frames, height, width) about [−1, 1].
 
         `shared_noise` is the share of the first noise's variance that all frames have in common: 0 for the released
         model, and what another was trained with for that one.

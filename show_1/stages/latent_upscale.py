@@ -69,7 +69,8 @@ class LatentUpscalePipeline(Stage):
         for one, generator in zip(clip, generators, strict=True):
             latents = yield from self._encode_frames(_resize(one[None], height, width), generator)
             noise = self.noise(latents.shape, [generator], shared_noise, frames=0)[0]
-            noisy.append(scheduler.add_noise(latents, noise, timesteps[:1]))
+            wide = torch.promote_types(latents.dtype, torch.float32)
+            noisy.append(scheduler.add_noise(latents.to(wide), noise.to(wide), timesteps[:1]))
         sample = torch.stack(noisy).transpose(1, 2)
         latents = yield from denoise(
             self.unet,

@@ -97,7 +97,7 @@ class PixelUpscalePipeline(Stage):
         shared_noise: float = 0.0,
         **measures: Any,
     ) -> Generator[Step, None, torch.Tensor]:
-        """Yield `steps` steps a window; return (prompts, 3, frames, 4·height, 4·width) in [−1, 1].
+        """Yield `steps` steps a window; return (prompts, 3, frames, 4·height, 4·width) about [−1, 1].
 
         `clip` is (prompts, 3, frames, height, width) and `first_frame` (prompts, 3, 4·height, 4·width), in [−1, 1].
         `shared_noise` is as in the keyframes.
