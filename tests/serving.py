@@ -56,10 +56,10 @@ class Server:
 
 @contextmanager
 def serve(
-    cascade: str | Path, folder: Path, *flags: str, environment: Mapping[str, str] = os.environ
+    cascade: str | Path, folder: Path, *flags: str, environment: Mapping[str, str] = os.environ, port: int = 0
 ) -> Iterator[Server]:
-    """Start the app, wait until it answers, kill it at the end; the same folder again is a restart."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
+    """Start the app, wait until it answers, kill it at the end; the same folder, and port, again is a restart."""
+    with socket.create_server(("127.0.0.1", port)) as free:
         port = free.getsockname()[1]
     # The worst place for Gradio's video component: an ffmpeg that is of no use, and no ffprobe beside it.
     programs = folder / "programs"

@@ -77,6 +77,24 @@ def test_two_visitors_take_turns_and_their_jobs_outlive_a_server_that_is_killed(
 
 
 @needs_chromium
+def test_a_page_whose_login_has_ended_with_the_server_asks_to_log_in_again(one_step_cascade, tmp_path, browser):
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE * 1000)
+    flags = ("--auth", "me:secret")
+    with serve(one_step_cascade, tmp_path, *flags) as server:
+        page.goto(server.url)
+        page.get_by_label("username").fill("me")
+        page.get_by_label("password").fill("secret")
+        page.get_by_role("button", name="Login").click()
+        page.get_by_label("Prompt", exact=True).wait_for()
+        port = int(server.url.rpartition(":")[2])
+    expect(page.locator("#away")).to_contain_text("The server does not answer.", timeout=PATIENCE * 1000)
+    with serve(one_step_cascade, tmp_path, *flags, port=port):
+        page.get_by_label("password").wait_for()
+    page.close()
+
+
+@needs_chromium
 def test_another_preset_is_chosen_before_and_after(tiny_cascade, one_step_cascade, tmp_path, browser, request):
     toml = one_step_cascade.read_text()
     request.addfinalizer(lambda: one_step_cascade.write_text(toml))  # other tests have it, too
