@@ -96,7 +96,6 @@ def _serve(arguments: argparse.Namespace) -> None:
         server_port=arguments.port or None,
         allowed_paths=[str(outputs / "jobs")],  # and nothing else that the output folder may hold
         max_file_size="100mb",
-        show_error=True,  # calls by HTTP are told why they fail, too
         run_history=False,  # the gallery is ours, and one visitor's
         mcp_server=arguments.mcp,
         footer_links=["api"],

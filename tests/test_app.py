@@ -474,11 +474,21 @@ def test_plain_http_without_a_prompt_or_with_a_wrong_name_is_told(app, asked):
     assert json.load(refused.value)["detail"].startswith('The call has no "prompt", or an argument of another name.')
 
 
-def test_plain_http_by_position_with_too_few_values_is_told(app):
+@pytest.mark.parametrize(
+    ("values", "kind", "words"),
+    [
+        (["a cat"], "complete", '"prompt": "a cat"'),
+        (["a cat", "7", None, None], "complete", '"seed": 7'),
+        ([], "error", "The prompt is no text."),
+        (["a cat", "<7>"], "error", "The seed cannot be '<7>'."),
+    ],
+)
+def test_plain_http_by_position(app, values, kind, words):
     url = f"{app.url}/gradio_api/call/show-1"
-    question = Request(url, json.dumps({"data": ["a cat"]}).encode(), {"Content-Type": "application/json"})
+    question = Request(url, json.dumps({"data": values}).encode(), {"Content-Type": "application/json"})
     event = json.load(urlopen(question))["event_id"]
-    assert "(needed: 4, got: 1)" in urlopen(f"{url}/{event}", timeout=PATIENCE).read().decode()
+    last = urlopen(f"{url}/{event}", timeout=PATIENCE).read().decode().split("event: ")[-1]
+    assert last.startswith(kind) and words in last
 
 
 def test_a_tool_for_assistants(app):

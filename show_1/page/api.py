@@ -1,20 +1,23 @@
 """The same jobs for programs: gradio_client, plain HTTP, and assistants by MCP."""
 
 import asyncio
+import json
 import secrets
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import gradio as gr
 from gradio import processing_utils
 from starlette.requests import Request
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from show_1.cascade import STAGES
 from show_1.jobs import CANCELLED, FAILED, Jobs
 from show_1.page import form, views
 
+ARGUMENTS = 4  # prompt, seed, settings, preset
 # Our videos are. Gradio would ask an ffprobe, and fail where there is an ffmpeg without one.
 processing_utils.video_is_playable = lambda path: True
 
@@ -43,6 +46,29 @@ class Assistants:
             await self.app(scope | {"headers": headers}, receive, send)
         finally:
             self.waiting.discard(name)
+
+
+class ByPosition:
+    """Middleware that lets calls of Gradio's older kind, {"data": [prompt, …]}, leave out what may be left out."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (scope["type"], scope.get("method"), scope.get("path")) != ("http", "POST", "/gradio_api/call/show-1"):
+            await self.app(scope, receive, send)
+            return
+        body = await Request(scope, receive).body()
+        with suppress(ValueError, KeyError, TypeError):  # what is none of these calls, Gradio refuses
+            asked = json.loads(body)
+            asked["data"] += [None] * (ARGUMENTS - len(asked["data"]))
+            body = json.dumps(asked).encode()
+        whole = [{"type": "http.request", "body": body}]
+
+        async def given() -> Message:
+            return whole.pop() if whole else await receive()
+
+        await self.app(scope, given, send)
 
 
 async def refuse(request: Request, error: TypeError) -> JSONResponse:

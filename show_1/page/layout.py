@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from show_1.errors import Show1Error
 from show_1.jobs import Job, Jobs
 from show_1.page import form, views
-from show_1.page.api import Assistants, add_endpoint, refuse
+from show_1.page.api import Assistants, ByPosition, add_endpoint, refuse
 from show_1.page.frames import FewerFrames
 from show_1.pipeline import draw_seed
 from show_1.replay import differences, here, read
@@ -22,7 +22,7 @@ FONTS = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "mon
 CSS, SCRIPT = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
 STYLE = {  # for `gr.Blocks.launch`
     "app_kwargs": {
-        "middleware": [Middleware(FewerFrames), Middleware(Assistants)],
+        "middleware": [Middleware(FewerFrames), Middleware(Assistants), Middleware(ByPosition)],
         "exception_handlers": {TypeError: refuse},
     },
     "theme": gr.themes.Base(primary_hue="indigo", neutral_hue="zinc", **FONTS),
