@@ -59,8 +59,6 @@ CHANGEABLE["latent_upscale"] += ("negative_prompt",)
 TRIES = 2  # how often a job is begun: one that took the server down twice would do so for ever
 CLIP_HEIGHT = 160  # small clips are enlarged to about this, as players would blur them
 PREVIEW_PAUSE = 0.7  # seconds from one preview to the next
-PREVIEW_FRAMES = 3  # of a preview: more would not be seen before the next one comes
-PREVIEW_PIXELS = 250_000  # in all its frames; larger ones show fewer frames
 WATCHED = 3.0  # seconds after a look at a job in which previews are drawn for it
 log = logging.getLogger("show-1")
 
@@ -637,13 +635,9 @@ class Jobs:
 
 
 def preview(frames: np.ndarray) -> str:
-    """Return (frames, height, width, 3) as a small moving picture, a data URL."""
-    _, height, width, _ = frames.shape
-    count = max(min(len(frames), PREVIEW_FRAMES, PREVIEW_PIXELS // (height * width)), 1)
-    chosen = np.linspace(0, len(frames) - 1, count).round().astype(int)
-    first, *others = (Image.fromarray(frames[number]) for number in chosen)
-    options = {"save_all": True, "append_images": others, "duration": 250, "loop": 0, "quality": 70, "method": 0}
-    return "data:image/webp;base64," + base64.b64encode(_encoded(first, "WEBP", **options)).decode()
+    """Return the middle one of (frames, height, width, 3) as a data URL."""
+    picture = _encoded(Image.fromarray(frames[len(frames) // 2]), "WEBP", quality=80, method=0)
+    return "data:image/webp;base64," + base64.b64encode(picture).decode()
 
 
 def _encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
