@@ -264,7 +264,8 @@ class Cascade:
     def override(self, assignments: Iterable[str]) -> "Cascade":
         """Return this cascade with changes: "keyframes.steps=10" (also "fps=12"), values as in TOML, quotes optional.
 
-        Raises Show1Error, naming `--set` and the text given. Settings that must agree are looked at when all are made.
+        Other steps of the first frame leave its schedule out, unless one is given, too. Raises Show1Error, naming
+        `--set` and the text given. Settings that must agree are looked at when all are made.
         """
         assignments = list(assignments)
         settings, given = self.settings(), set()

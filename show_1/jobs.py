@@ -177,8 +177,8 @@ class Jobs:
         for line in self._lines:
             if line.thread is not None:
                 line.thread.join(max(end - time.monotonic(), 0))
-            if line.running is not None:
-                self._put_back(line.running)
+            if running := line.running:
+                self._put_back(running)
         self._beside.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------------------------------------ what visitors can do

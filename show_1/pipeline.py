@@ -492,9 +492,9 @@ def check_request(prompt: str, seed: int | None, path: str | Path | None) -> Non
         )
     if seed is not None and (type(seed) is not int or not 0 <= seed <= MAX_SEED):
         raise Show1Error(f"The seed cannot be {repr(seed)[:60]}.", f"Give a whole number from 0 to {MAX_SEED}.")
-    if path is not None and not isinstance(path, str | Path):
-        raise Show1Error(f"The path cannot be {repr(path)[:60]}.", "Give the name of a file, as a text or a Path.")
     if path is not None:
+        if not isinstance(path, str | Path):
+            raise Show1Error(f"The path cannot be {repr(path)[:60]}.", "Give the name of a file, as a text or a Path.")
         video.check_writable(path)
 
 
