@@ -4,6 +4,7 @@ On a GPU in shapes of Show-1's models, on a CPU in mini's. That the numbers are 
 """
 
 import importlib
+import itertools
 import statistics
 import sys
 import time
@@ -28,7 +29,10 @@ SHAPES = {
         "short_attention": [(20480, 8, 512, 64), (35840, 5, 640, 64)],  # sequences, frames, channels, heads
     },
     "cpu": {
-        "group_norm": [(8, 32, 80, 128), (1, 32, 8, 10240), (8, 64, 40, 64), (16, 32, 20, 32), (16, 96, 5, 8)],
+        "group_norm": [
+            *[(8, 32, 80, 128), (1, 32, 8, 10240), (8, 64, 40, 64), (16, 32, 20, 32), (16, 96, 5, 8)],
+            *[(4, 32, 160, 288), (29, 64, 40, 72)],
+        ],
         "gated_gelu": [(10240, 256), (640, 768)],
         "short_attention": [(320, 8, 96, 32), (80, 8, 96, 32)],
     },
@@ -69,12 +73,12 @@ def cases(
     def filled(*shape: int) -> torch.Tensor:
         return torch.randn(shape[0], *shape[2:], shape[1], device=device, dtype=dtype).movedim(-1, 1)
 
-    for shape in shapes["group_norm"]:
+    for shape, activation in itertools.product(shapes["group_norm"], ("gelu", "silu")):
         x, weight, bias = filled(*shape), *torch.randn(2, shape[1], device=device, dtype=dtype)
         yield (
-            f"group norm and GELU {shape}",
-            lambda x=x, w=weight, b=bias: kernels.group_norm(x, dtype, 32, w, b, 1e-5, "gelu"),
-            lambda x=x, w=weight, b=bias: F.gelu(F.group_norm(x, 32, w, b, 1e-5)),
+            f"group norm and {activation} {shape}",
+            lambda x=x, w=weight, b=bias, a=activation: kernels.group_norm(x, dtype, 32, w, b, 1e-5, a),
+            lambda x=x, w=weight, b=bias, a=activation: getattr(F, a)(F.group_norm(x, 32, w, b, 1e-5)),
         )
     for shape in shapes.get("add", ()):
         x, y, bias = filled(*shape), filled(*shape), torch.randn(shape[1], device=device, dtype=dtype)

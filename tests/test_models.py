@@ -509,12 +509,17 @@ def test_frame_attention_is_the_temporal_transformers():
 
 @on_both
 @torch.no_grad()
-def test_short_attention_makes_no_numbers_of_what_is_none(kernels, device, dtype):
+def test_kernels_make_no_numbers_of_what_is_none(kernels, device, dtype):
     kernels = importlib.import_module(f"show_1.models.{kernels}")
     numbers = torch.randn(2, 8, 24, device=device, dtype=dtype)
     for place in range(3):
         q, k, v = (torch.full_like(numbers, torch.nan) if place == n else numbers for n in range(3))
         assert kernels.short_attention(q, k, v, 3).isnan().all()
+    nothing = torch.full_like(numbers, torch.nan)
+    for activation in (None, *ACTIVATIONS):
+        norm = torch.ones(2, 8, device=device, dtype=dtype)
+        assert kernels.group_norm(nothing, dtype, 4, *norm, 1e-5, activation).isnan().all()
+    assert kernels.gated_gelu(nothing).isnan().all()
 
 
 @pytest.mark.parametrize("frames", [1, 5, 8, 16])

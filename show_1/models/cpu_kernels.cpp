@@ -33,10 +33,11 @@ inline void store(bfloat16 &to, float value) {  // to the nearest, in the middle
     to.bits = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// e to the x, its relative error 4e-7 within ±10 and growing with x from there; as at ±87 beyond.
+// e to the x, its relative error 4e-7 within ±10 and growing with x from there; as at ±87 beyond, and of NaN.
 inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 87.0f ? 87.0f : x;
+    // Bits are compared, as the compiler makes branches of comparing floats, for what NaN is then.
+    uint32_t most = to_bits(87.0f), size = to_bits(x) & 0x7fffffff;
+    x = from_bits((to_bits(x) & 0x80000000) | (size < most ? size : most));
     // 2 to the n + f. Beside 1.5·2^23 a float32 has no place for a fraction, and its lowest bits are n.
     float shifted = x * 1.44269504f + 12582912.0f;
     float f = x * 1.44269504f - (shifted - 12582912.0f);
@@ -213,7 +214,8 @@ void short_attention(const T *q, int64_t q_sequence, int64_t q_frame, const T *k
                 }
                 for (int64_t j = 0; j < frames; j++)
                     for (int64_t h = 0; h < heads; h++) {
-                        weights[j * heads + h] = exponential(root * (weights[j * heads + h] - most[h]));
+                        float less = root * (weights[j * heads + h] - most[h]);
+                        weights[j * heads + h] = exponential(less) + 0 * less;  // NaN stays NaN
                         total[h] += weights[j * heads + h];
                     }
                 for (int64_t j = 0; j < frames; j++)
