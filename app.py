@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         "--share",
         action=argparse.BooleanOptionalAction,
         default=hosts.detect().rented,
-        help="make a public link; default: only in notebooks of Paperspace, Colab and Kaggle",
+        help="make a public link; default: only on Paperspace, Colab and Kaggle",
     )
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="let in only who knows these")
     parser.add_argument("--server-name", default="127.0.0.1", help="0.0.0.0 lets other computers in")

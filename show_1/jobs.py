@@ -1,8 +1,8 @@
 """A video being made: queue, progress, cancel, result. It runs in the server and outlives the page that asked for it.
 
 A job belongs to the visitor who made it; who else has its id, which cannot be guessed, may watch. What has happened to
-it is on the disk, in a folder of its own, so that a restart of the server loses nothing: finished jobs are there again,
-the others are taken up again.
+it is on the disk, in a folder of its own, so that a restart of the server loses no video: finished jobs are there again,
+the others are taken up again, but for those of programs, which are gone, and one at work when the server died twice.
 """
 
 import base64

@@ -147,7 +147,7 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
                     box.placeholder = text
                 with gr.Accordion("Settings from a video", open=False, elem_id="restore"):
                     dropped = gr.File(
-                        label="Drop an MP4 that was made here", file_types=[".mp4"], height=140, elem_id="drop"
+                        label="Drop an MP4 that Show-1 made", file_types=[".mp4"], height=140, elem_id="drop"
                     )
                     told = _html(elem_id="told")
             with gr.Column(scale=3, min_width=320, elem_id="job"):
