@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ versions.require()  # first, as the imports below fail where something is too ol
 hosts.prepare()
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # the page asks nothing of the outside
 
+import filelock
 import gradio as gr
 
 from show_1 import Cascade, Show1Error
-from show_1.errors import exit_code
+from show_1.errors import exit_code, first_line
 from show_1.jobs import Jobs
 from show_1.page import STYLE, build
 from show_1.pipeline import check_device, default_cascade
@@ -85,6 +87,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     if auth and arguments.mcp:
         raise Show1Error("--mcp does not go with --auth: assistants cannot log in.", "Leave one of them out.")
     notes: list[str] = []
+    lock = _lock(outputs)  # kept until the end
     where = {"memory": arguments.memory, "models": arguments.models, "offline": arguments.offline}
     jobs = Jobs(cascade, device, outputs, arguments.queue_size, **where)
     page = build(jobs, notes)
@@ -92,7 +95,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         page,
         share=arguments.share,
         auth=auth,
-        server_name=arguments.server_name,
+        server_name=f"[{host}]" if ":" in (host := arguments.server_name.strip("[]")) else host,
         server_port=arguments.port or None,
         allowed_paths=[str(outputs / "jobs")],  # and nothing else that the output folder may hold
         max_file_size="100mb",
@@ -113,21 +116,38 @@ def _serve(arguments: argparse.Namespace) -> None:
     try:
         page.block_thread()  # until Ctrl-C
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one Ctrl-C is enough
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # one is enough
         jobs.close(patience=5)
+        lock.release()
+        with suppress(OSError):  # nobody may read it any more
+            sys.stdout.flush()
         # With a video still in work, an orderly end of Python would make torch abort.
-        sys.stdout.flush()
         os._exit(0)
 
 
 def _launch(page: gr.Blocks, **settings: Any) -> None:
     try:
         page.launch(**settings)
-    except ValueError as error:  # Gradio asks its own page, and has got no answer
+    except Exception as error:  # Gradio asks its own page, and whatever it asks with may raise
         raise Show1Error(
-            f"The page does not answer on this computer: {str(error).splitlines()[0]}",
+            f"The page does not answer on this computer: {first_line(error)}.",
             "Set NO_PROXY=127.0.0.1 if there is a proxy, or try again when the computer is less busy.",
         ) from error
+
+
+def _lock(outputs: Path) -> filelock.BaseFileLock:
+    """Have the folder for this server alone: two would take each other's jobs for those of a former run."""
+    lock = filelock.FileLock(outputs / "lock", timeout=8)  # the one before may be closing yet
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise Show1Error(
+            f"Another server works in the output folder {outputs}.", "Stop that, or choose another --output-dir."
+        ) from None
+    except NotImplementedError:  # some network folders know no locks
+        pass
+    return lock
 
 
 def _auth(pair: str | None) -> tuple[str, str] | None:

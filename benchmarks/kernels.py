@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from show_1.errors import Show1Error, exit_code, first_line
 from show_1.models.try_kernels import KERNELS
+from show_1.pipeline import telling_full_memory
 
 # By device and kernel; of the sums' and the norms' shapes, the second number is that of channels.
 SHAPES = {
@@ -117,6 +118,11 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) ->
 
 @torch.no_grad()
 def _run() -> None:
+    with telling_full_memory("Timing the kernels"):
+        _time_all()
+
+
+def _time_all() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(torch.cuda.get_device_name() if device == "cuda" else "CPU", torch.__version__)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -125,6 +131,8 @@ def _run() -> None:
         for what, our_call, their_call in cases(device, dtype):
             try:
                 ours = milliseconds(our_call, device)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # whatever the compilers, the driver and what calls them raise
                 raise Show1Error(
                     f"{what} {dtype}: our kernel does not run here, {first_line(error)}.",

@@ -7,7 +7,6 @@ The frames are held against those of the first tier.
 
 import argparse
 import gc
-import json
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from benchmarks import models
 from benchmarks.cascade import Clock, distance, in_few_steps, keeping
+from benchmarks.figures import write_figures
 from benchmarks.ways import STAGES, Ours
 from show_1 import Cascade, Show1Error, placement
 from show_1.errors import check_outputs, exit_code
@@ -27,6 +27,8 @@ def measure(cascade: Cascade, tier: placement.Tier, device: torch.device, random
 
     These are as many as the tier takes prompts at once, all of the same: (prompts, 3, frames, height, width).
     """
+    gc.collect()  # of the tier before, whose recorded UNets refer to themselves
+    torch.cuda.empty_cache()
     pipeline = models.load(cascade, device, default_dtype(device), random)
     placement.place(pipeline, tier, device)
     gc.collect()
@@ -88,8 +90,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if not found["tiers"]:
         raise Show1Error("No tier is finished.", "Let it run longer, on a GPU whose memory is free.")
     print(table(found))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    write_figures(arguments.json, found)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from urllib.request import Request, urlopen
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from benchmarks.cascade import keeping
+from benchmarks.figures import write_figures
 from show_1 import Cascade, Show1Error
 from show_1.errors import check_outputs, exit_code
 
@@ -42,6 +43,8 @@ def main() -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    if arguments.rounds < 1:
+        raise Show1Error("There must be a round to measure.", "Give --rounds 1 or more.")
     check_outputs(arguments.json)
     Cascade.load(arguments.cascade)  # what is wrong with it is said here, not by a server that does not answer
     figures: dict[str, Any] = {}
@@ -50,8 +53,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if not figures:
         raise Show1Error("No figure is finished.", "Let it run longer.")
     print(told(figures))
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"cascade": arguments.cascade} | figures, indent=1) + "\n")
+    write_figures(arguments.json, {"cascade": arguments.cascade} | figures)
 
 
 def measure(cascade: str, rounds: int, figures: dict[str, Any]) -> None:
@@ -91,7 +93,10 @@ def serve(cascade: str, folder: Path) -> Iterator[str]:
     command = [sys.executable, "-u", ROOT / "app.py", "--cascade", cascade, "--output-dir", folder, "--no-share"]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
-        yield next(found[0] for line in server.stdout if (found := re.search(r"http://127\S+", line)))
+        addresses = (found[0] for line in server.stdout if (found := re.search(r"http://127\S+", line)))
+        if (url := next(addresses, None)) is None:
+            raise Show1Error("The server ended before it answered.", "What it says above is why.")
+        yield url
     finally:
         server.terminate()
         server.wait()
@@ -129,6 +134,8 @@ def call(url: str) -> Iterator[dict[str, Any]]:
     event = json.load(urlopen(Request(url, body, {"Content-Type": "application/json"})))["event_id"]
     with urlopen(f"{url}/{event}", timeout=PATIENCE) as answer:
         for line in answer:
+            if line.startswith(b"event: error"):
+                raise Show1Error("The server could not make a video.", "What it says above is why.")
             if line.startswith(b"data: ["):
                 yield json.loads(line.removeprefix(b"data: "))[3]
 
@@ -161,13 +168,19 @@ def against_the_command(cascade: str, rounds: int, browser: Browser, url: str, f
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     command = multiprocessing.get_context("spawn").Process(target=_command, args=(theirs, cascade), daemon=True)
     command.start()
+    theirs.close()  # so that the end of the command is heard
     page = _open(browser, url)
     ways: dict[str, list[float]] = {"command": [], "page": []}
     for seed in range(rounds + 1):  # the first one warms up
         for way in list(ways)[:: (-1) ** seed]:  # each way is first as often as the other
             if way == "command":
-                ours.send((seed, str(folder / "command.mp4")))
-                ways[way].append(ours.recv())
+                try:
+                    ours.send((seed, str(folder / "command.mp4")))
+                    ways[way].append(ours.recv())
+                except (EOFError, OSError):
+                    raise Show1Error(
+                        "The command could not make a video beside the page.", "What it says above is why."
+                    ) from None
             else:
                 ways[way].append(_on_the_page(page, seed, folder))
     ours.send(None)

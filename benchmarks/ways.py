@@ -68,7 +68,7 @@ class Ours:
 class Original(Ours):
     """The original's way of working, with our stages: moves, encodes and loops as it did, in eager mode.
 
-    `pipeline` is on the CPU. Each stage encodes the prompt anew, its models are moved to the device and back around it
+    Each stage encodes the prompt anew, its models are moved to the device and back around it
     (diffusers' model offloading, as there), the segments run one by one, the autoencoder takes one frame at a time, and
     the temporal layers and the pixel family's attention are diffusers' own.
     """

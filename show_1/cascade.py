@@ -1,8 +1,8 @@
 """A cascade is data: which models make a video, and with which settings.
 
 It is read from a TOML file with two keys, `name` and `fps`, one table a stage, and one that may be left out, `[about]`,
-with what people are told. What a setting may be is said once, in its type: `Steps` below is an int together with its range
-and unit; reading, `--set` and every message take it from there.
+with what people are told. What a setting may be is said once, in its type: `Steps` below is an int together with its
+range and unit; reading, `--set` and every message take it from there.
 """
 
 import dataclasses

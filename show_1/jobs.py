@@ -1,8 +1,8 @@
 """A video being made: queue, progress, cancel, result. It runs in the server and outlives the page that asked for it.
 
 A job belongs to the visitor who made it; who else has its id, which cannot be guessed, may watch. What has happened to
-it is on the disk, in a folder of its own, so that a restart of the server loses no video: finished jobs are there again,
-the others are taken up again, but for those of programs, which are gone, and one at work when the server died twice.
+it is on the disk, in a folder of its own, so that a restart of the server loses no video: finished jobs are there
+again, the others are taken up again, but for those of programs, which are gone, and one at work when it died twice.
 """
 
 import base64
@@ -234,6 +234,7 @@ class Jobs:
                 self.place(job).mkdir(parents=True)
                 self._save(job)
             except OSError as error:
+                shutil.rmtree(self.place(job), ignore_errors=True)
                 raise Show1Error(
                     f"The job cannot be kept in the output folder {self.folder}: {os.strerror(error.errno)}.",
                     "Free some space there, or start the page with another --output-dir.",
@@ -450,6 +451,9 @@ class Jobs:
                 if stage != "first_frame":
                     job.last_clip = stage, frames
                 self._beside.submit(self._write_clip, job, stage, frames)
+            case Clip():
+                with suppress(OSError):  # its writing tells
+                    self.folder.mkdir(parents=True, exist_ok=True)  # it may have been removed since
             case Video():
                 job.settings = {key: value for key, value in event.settings.items() if key != "seconds"}
                 self._share_result(job)
@@ -467,6 +471,8 @@ class Jobs:
         if job.state == CANCELLED:
             return
         try:
+            with video.writing(self.place(job)):
+                self.place(job).mkdir(parents=True, exist_ok=True)  # it may have been removed since
             if stage == "first_frame":
                 name = "first_frame.png"
                 with video.writing(self.place(job) / name):
@@ -496,7 +502,12 @@ class Jobs:
             with suppress(OSError):  # not every file system can
                 os.link(result, shared)
                 return
-            shutil.copyfile(result, shared)
+            part = shared.with_name(f".{shared.name}.part")
+            try:
+                shutil.copyfile(result, part)
+                os.replace(part, shared)
+            finally:
+                part.unlink(missing_ok=True)
         except OSError as error:
             raise Show1Error(
                 f"The video is made, as {result}, and cannot be shown here: {os.strerror(error.errno)}.",
@@ -597,16 +608,27 @@ class Jobs:
             self._save(job)
         except OSError as error:
             log.warning("The job %s cannot be kept: %s", job.id, error)
+            if job.state == CANCELLED:  # or the record as it was would bring it back
+                with suppress(OSError):
+                    (self.place(job) / "job.json").unlink()
 
     def _read(self) -> None:
         """Bring the jobs of former runs back, and take up again those that were waiting or at work."""
-        for scratch in self.folder.glob("jobs/*/.show-1-*"):  # of GIFs and clips that were broken off
+        # What was broken off. In the output folder itself the command line may be writing, too.
+        old = [scratch for scratch in self.folder.glob(".show-1-*") if time.time() - _modified(scratch) > 3600]
+        for scratch in (*old, *self.folder.glob("jobs/*/.show-1-*")):
             shutil.rmtree(scratch, ignore_errors=True)
+        for part in self.folder.glob("jobs/*/.*.part"):
+            part.unlink(missing_ok=True)
         found = []
         for file in self.folder.glob("jobs/*/job.json"):
             try:
-                found.append(Job(**json.loads(file.read_text(encoding="utf-8"))))
-            except (OSError, ValueError, TypeError) as error:
+                job = Job(**json.loads(file.read_text(encoding="utf-8")))
+                if not all(isinstance(each, str) for each in (job.id, job.prompt, job.file, job.state)):
+                    raise ValueError("it is no record of a job")
+                job.created = float(job.created)
+                found.append(job)
+            except (OSError, ValueError, TypeError, RecursionError) as error:
                 log.warning("%s is damaged, and left out: %s", file, error)
         for job in sorted(found, key=lambda job: job.created):
             if not job.ended:
@@ -629,8 +651,11 @@ class Jobs:
         except Show1Error as error:
             job.state, job.fault = FAILED, str(error).strip()
         else:
+            was_running = job.state == RUNNING
             job.state, job.clips, job.notices = WAITING, {}, []
             self._give_turn(job)
+            if was_running:
+                job.turn = -1  # its turn had come
         self._save_safely(job)
 
 
@@ -670,6 +695,13 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest} s" if rest else f"{minutes} min"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _modified(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:  # it is gone meanwhile
+        return math.inf
 
 
 def _low_priority() -> None:

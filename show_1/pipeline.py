@@ -167,7 +167,7 @@ class Show1Pipeline:
         stages = loading.load_stages(cascade, folders, dtype)
         pipeline = cls(cascade, *stages)
         pipeline.weights = loading.fingerprint(stages)
-        with _telling_full_memory("Loading the models"):
+        with telling_full_memory("Loading the models"):
             placement.place(pipeline, tier, device)
         return pipeline
 
@@ -214,7 +214,7 @@ class Show1Pipeline:
         return self._batches(_requests(prompt, seed, path))
 
     def _batches(self, requests: list["Request"]) -> Iterator[Event]:
-        with _telling_full_memory("Making a video"):
+        with telling_full_memory("Making a video"):
             for start in range(0, len(requests), self.prompts_at_once):
                 yield from self._stream(requests[start : start + self.prompts_at_once])
 
@@ -433,7 +433,7 @@ class Request:
 
 
 @contextlib.contextmanager
-def _telling_full_memory(what: str) -> Iterator[None]:
+def telling_full_memory(what: str) -> Iterator[None]:
     """Raise Show1Error where the memory is full while `what` is done."""
     try:
         yield

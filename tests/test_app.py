@@ -156,6 +156,7 @@ def test_a_job_outlives_its_page(app, browser):
     expect(other.get_by_role("button", name="Cancel", exact=True)).to_be_hidden()
     expect(other.locator("#gallery")).to_contain_text("None yet")
     press(page, "Cancel")
+    expect(page.locator("#status .status")).to_be_focused()  # the button is gone
     wait_for(page, "Cancelled")
     wait_for(other, "Cancelled")
     expect(visit(yours, app, "/?job=nosuchjob").locator("#status")).to_contain_text("There is no such job here")
@@ -385,6 +386,10 @@ def test_the_page_fits_a_phone(app, browser, colors):
             && !(each.innerText || each.labels?.length || each.title || each.ariaLabel || each.alt))
         .map(each => each.outerHTML.slice(0, 120))"""
     assert page.evaluate(unnamed) == []
+    press(page, "Edit these settings")
+    expect(page.get_by_label("Prompt", exact=True)).to_be_focused()
+    page.locator("#gallery a").first.click()
+    expect(page.locator("#screen")).to_be_in_viewport()
     page.close()
 
 
@@ -489,6 +494,25 @@ def test_plain_http_by_position(app, values, kind, words):
     event = json.load(urlopen(question))["event_id"]
     last = urlopen(f"{url}/{event}", timeout=PATIENCE).read().decode().split("event: ")[-1]
     assert last.startswith(kind) and words in last
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "code"),
+    [
+        (
+            "run/show-1",
+            '{"data": ["a cat", null, null, null]}',
+            404,
+        ),  # past the queue, where no video could be waited for
+        ("call/show-1", "[" * 5000, 400),
+        ("call/v2/show-1/", '{"promt": "a cat"}', 422),
+    ],
+)
+def test_what_plain_http_refuses(app, path, body, code):
+    question = Request(f"{app.url}/gradio_api/{path}", body.encode(), {"Content-Type": "application/json"})
+    with pytest.raises(HTTPError) as refused:
+        urlopen(question)
+    assert refused.value.code == code
 
 
 def test_a_tool_for_assistants(app):

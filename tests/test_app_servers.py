@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import filelock
 import pytest
 from playwright.sync_api import expect
 
@@ -178,7 +179,11 @@ def test_bad_flags_are_told_in_two_sentences(tiny_cascade, tmp_path):
             "--mcp": ["--auth", "me:secret", "--mcp"],
             "queue size": ["--queue-size", "0"],
             "memory": ["--memory", "lots"],
+            "locked": ["--output-dir", "locked"],
         }
+        (tmp_path / "locked").mkdir()
+        lock = filelock.FileLock(tmp_path / "locked" / "lock")
+        lock.acquire()  # as another server has it, until this name is gone
         (tmp_path / "file").touch()
         # One process for all, as each would take seconds to start.
         starts = [["app.py", "--cascade", str(tiny_cascade), "--device", "cpu", *flags] for flags in cases.values()]

@@ -195,7 +195,7 @@ def test_kernels_are_timed_against_what_computes_the_same():
         true = theirs()
         assert (ours() - true).abs().max() < 3e-5 * true.abs().max(), what  # random; 1.3e-5 at most in 40 rounds
         whats.add(what.partition(" (")[0])
-    assert whats == {"group norm and GELU", "gated GELU", "attention over frames"}
+    assert whats == {"group norm and gelu", "group norm and silu", "gated GELU", "attention over frames"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -204,7 +204,7 @@ def test_kernels_are_told_row_by_row(monkeypatch, capsys):
     monkeypatch.setattr(kernels, "milliseconds", lambda call, device: float(len(call().shape) > 0))
     kernels._run()
     _, *rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 2 * 9 and all("ours 1.000 ms, torch 1.000 ms" in row for row in rows)
+    assert len(rows) == 2 * 18 and all("ours 1.000 ms, torch 1.000 ms" in row for row in rows)
     assert {row.partition("torch.")[2].partition(":")[0] for row in rows} == {"bfloat16", "float32"}
 
 
@@ -286,7 +286,7 @@ def test_a_benchmark_broken_off_in_its_first_round_keeps_its_finished_stages(end
 
 
 def test_an_interrupted_benchmark_keeps_its_finished_measures(monkeypatch):
-    made = iter([torch.zeros(2)] * 2 + [torch.ones(2)] * 2)  # one in few steps, which warms up, and one that counts
+    made = iter([torch.zeros(2)] * 6 + [torch.ones(2)])  # five in few steps, which warm up, and two that count
 
     def whole_video(ours):
         clip = next(made, None)

@@ -1,6 +1,7 @@
 """Jobs on the tiny cascade, in the server's own thread, without a page."""
 
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -83,8 +84,11 @@ def test_a_restart_brings_finished_jobs_back_and_takes_up_the_others(tiny_cascad
         waiting = before.submit("me", "a fox", 5, {"keyframes": {"steps": 2}}, "one-step")
         called = before.submit("program", "an owl", caller="198.51.100.7")
         until(lambda: running.step)
-    (tmp_path / "jobs" / "damaged").mkdir()
-    (tmp_path / "jobs" / "damaged" / "job.json").write_text('{"id": "dam')
+    record = json.loads((before.place(done) / "job.json").read_text())
+    damaged = json.dumps(record | {"created": None}), json.dumps(record | {"file": None}), '{"id": "dam', "[" * 5000
+    for number, text in enumerate(damaged):
+        (tmp_path / "jobs" / f"damaged-{number}").mkdir()
+        (tmp_path / "jobs" / f"damaged-{number}" / "job.json").write_text(text)
     after = Jobs(Cascade.load(tiny_cascade), CPU, tmp_path, 12)
     assert [job.id for job in after.of("me")] == [waiting.id, running.id, done.id]
     assert after.get(done.id).settings == done.settings and after.result(after.get(done.id)).is_file()
@@ -108,11 +112,15 @@ def test_a_job_that_took_the_server_down_twice_is_not_taken_up_again(tiny_cascad
         job = jobs.submit("me", "a cat", None, LONG)
         until(lambda: job.step)
         record = json.loads((jobs.place(job) / "job.json").read_text())
+        before = jobs.submit("me", "a dog")
+        before.created = 0.0  # asked for longer ago, and yet behind
     for tries, state in ((1, WAITING), (2, FAILED)):
         assert record["state"] == RUNNING  # as a server that is killed leaves it
         (jobs.place(job) / "job.json").write_text(json.dumps(record | {"tries": tries}))
-        after = Jobs(Cascade.load(tiny_cascade), CPU, tmp_path, 12).get(job.id)
-        assert after.state == state
+        jobs._save(before)
+        again = Jobs(Cascade.load(tiny_cascade), CPU, tmp_path, 12)
+        after = again.get(job.id)
+        assert after.state == state and again.ahead(after) == []
     assert after.fault.startswith("The server ended 2 times while it made this video.")
 
 
@@ -142,9 +150,14 @@ def test_a_start_clears_away_what_the_end_of_the_server_left_behind(one_step_cas
     record.write_text(json.dumps(json.loads(record.read_text()) | {"state": CANCELLED}))
     (before.place(job) / ".show-1-half").mkdir()
     (before.place(job) / ".show-1-half" / "video.gif").touch()
+    (before.place(job) / ".poster.webp.part").touch()
+    for name, age in (("old", 7200), ("new", 60)):  # the new one may be the command line's
+        (tmp_path / f".show-1-{name}").mkdir()
+        os.utime(tmp_path / f".show-1-{name}", (time.time() - age,) * 2)
     after = Jobs(Cascade.load(one_step_cascade), CPU, tmp_path, 12)
     until(lambda: [file.name for file in after.place(job).iterdir()] == ["job.json"])
     until(lambda: after.get(job.id).clips == {})
+    assert [file.name for file in tmp_path.glob(".*")] == [".show-1-new"]
 
 
 def test_a_preset_that_is_gone_is_told(tiny_cascade, tmp_path):
@@ -385,9 +398,11 @@ def test_the_output_folder_may_go_and_come(one_step_cascade, tmp_path):
         jobs.cancel("me", job)
         until(lambda: job.ended)
         (tmp_path / "outputs").unlink()
-        second = jobs.submit("me", "a dog")
+        second = jobs.submit("me", "a dog", None, {"keyframes": {"steps": 60}})
+        until(lambda: second.step)
+        shutil.rmtree(tmp_path / "outputs")
         until(lambda: second.ended)
-        assert second.state == DONE, second.fault
+        assert second.state == DONE and jobs.result(second), second.fault
 
 
 @pytest.fixture
@@ -405,11 +420,14 @@ def small_disk(tmp_path):
 def test_a_full_disk_ends_a_job_with_a_sentence_and_leaves_nothing_half_written(tiny_cascade, small_disk):
     with jobs_in(small_disk, tiny_cascade) as jobs:
         job = jobs.submit("me", "a cat", None, {"interpolation": {"steps": 30}})
+        unwanted = jobs.submit("me", "an owl", None, LONG)
         until(lambda: job.stage == "interpolation")
         until(lambda: "keyframes" in job.clips)
         with (small_disk / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError, match="No space left"):
             while True:
                 ballast.write(bytes(4096))
+        jobs.cancel("me", unwanted)
+        assert not (jobs.place(unwanted) / "job.json").exists()  # as it was, it would be made after a restart
         until(lambda: job.ended)
         assert job.state == FAILED and "No space left on device. Free some space there" in job.fault
         assert any("first_frame.png cannot be written" in notice for notice in job.notices), job.notices
@@ -581,6 +599,8 @@ def test_the_gallery_tells_how_many_older_videos_it_leaves_out(tiny_cascade, tmp
     for job in made[1:3]:
         jobs.cancel("me", job)
     assert "Older" not in views.view(jobs, "", None, "me")["gallery"]
+    made[3].state = FAILED
+    assert '<span class="badge">failed</span>' in views.view(jobs, "", None, "me")["gallery"]
 
 
 def test_a_job_with_settings_of_its_own_still_names_the_words_that_mini_does_not_know(tmp_path):

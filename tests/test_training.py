@@ -632,7 +632,8 @@ def test_evaluation_says_how_many_videos_were_made():
             seen = np.zeros((29, 2, 2, 3), np.uint8), dict.fromkeys(evaluate.CLIPS, verdict)
             return [seen for _ in zip(*each, strict=False)]
 
-    found = evaluate.follow_prompts(Pool(), 5000, pictures=None)
+    found, shown = evaluate.follow_prompts(Pool(), 5000)
+    assert len(shown) == 12
     assert found["videos"] == len(words) and 0 < found["object"] < 0.1
     assert found["still"] == pytest.approx(found["object"] / 2, abs=1e-4)  # of each video's two frames one is right
     assert found["objects"][words[0][0]] == 1 and found["stills"][words[0][0]] == 0.5

@@ -13,10 +13,11 @@ import itertools
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from collections import Counter
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,7 +27,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from show_1 import Show1Pipeline
+from benchmarks.figures import write_figures
+from show_1 import Show1Error, Show1Pipeline
 from show_1.errors import check_outputs, exit_code
 from show_1.pipeline import check_device
 from show_1.stages.denoise import finish
@@ -92,12 +94,16 @@ class Tally:
         return found
 
 
-def _get_ready(cascade: str, device: str | None, threads: int | None) -> None:
-    """Load the cascade and the judge of this process."""
+def _get_ready(cascade: str, device: str | None) -> None:
+    """Load the cascade and the judge of this process, one of several."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that asks for the videos ends this one
+    torch.set_num_threads(1)
+    _use(Show1Pipeline.from_cascade(cascade, device), judge.load())
+
+
+def _use(pipeline: Show1Pipeline, critic: judge.Judge) -> None:
     global _pipeline, _critic
-    if threads is not None:
-        torch.set_num_threads(threads)
-    _pipeline, _critic = Show1Pipeline.from_cascade(cascade, device), judge.load()
+    _pipeline, _critic = pipeline, critic
 
 
 def _video(prompt: str, seed: int) -> tuple[np.ndarray, dict[str, dict]]:
@@ -112,8 +118,8 @@ def _keyframes(prompt: str, seed: int, guidance: float) -> dict:
     return _critic.verdict(_pipeline.keyframes(_pipeline.keyframes.encode(prompt), **settings, seed=seed).cpu())
 
 
-def follow_prompts(pool: Executor, count: int, pictures: Path | None) -> dict:
-    """Have `count` videos of single objects made and judge them; see `show` for what goes to the folder `pictures`.
+def follow_prompts(pool: Executor, count: int) -> tuple[dict, list[tuple[np.ndarray, str]]]:
+    """Have `count` videos of single objects made and judge them; return the figures, and the first videos for `show`.
 
     They are fewer where there are not so many combinations; "videos" says how many were made.
     """
@@ -127,10 +133,8 @@ def follow_prompts(pool: Executor, count: int, pictures: Path | None) -> dict:
             tallies["video"].add("still", words[0], seen == words[0])
         if len(shown) < 12:
             shown.append((frames, prompt))
-    if pictures is not None:
-        show(shown, pictures)
     stages = {clip: {a: tally.fractions()[a] for a in ASPECTS} for clip, tally in tallies.items()}
-    return tallies["video"].fractions() | {"videos": len(chosen), "stages": stages}
+    return tallies["video"].fractions() | {"videos": len(chosen), "stages": stages}, shown
 
 
 def follow_pairs(pool: Executor, count: int) -> float:
@@ -228,6 +232,14 @@ def scales(text: str) -> list[float]:
     return [float(scale) for scale in text.split(",")] if text else []
 
 
+def _pool(cascade: str, device: str | None, pipeline: Show1Pipeline, critic: judge.Judge) -> Executor:
+    """Return what makes videos: on a CPU a process a core; on a GPU, which takes one at a time, this process."""
+    if check_device(device).type == "cpu":
+        return ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _get_ready, (cascade, device))
+    _use(pipeline, critic)
+    return ThreadPoolExecutor(1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--videos", type=int, default=250, help="how many of one object each: five an object")
@@ -245,33 +257,48 @@ def main() -> None:
     arguments = parser.parse_args()
     if min(arguments.videos, arguments.pairs, arguments.stages) < 0:
         parser.error("there cannot be fewer than 0 videos, pairs or stages")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `timeout` ends what it runs
     check_outputs(arguments.json)
     if arguments.pictures is not None:
         with writing(arguments.pictures):
             arguments.pictures.mkdir(parents=True, exist_ok=True)
     world.sprites()  # a missing font is said here, not after an hour
+    critic = judge.load()
     pipeline = Show1Pipeline.from_cascade(arguments.cascade, arguments.device)
+    last = pipeline.cascade.latent_upscale
+    if arguments.stages and (last.height, last.width) != FULL:
+        raise Show1Error(
+            f"The stages are held against true clips of {FULL[1]} x {FULL[0]}, and this cascade's are "
+            f"{last.width} x {last.height}.",
+            "Give --stages 0.",
+        )
     began, found = time.monotonic(), {"seconds_per_video": seconds_a_video(pipeline)}
 
     def save() -> None:  # after each part: they take long
-        if arguments.json is not None:
-            arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        write_figures(arguments.json, found)
 
-    alone = check_device(arguments.device).type != "cpu"
-    how = (arguments.cascade, arguments.device, None if alone else 1)
-    with ProcessPoolExecutor(1 if alone else os.cpu_count(), get_context("spawn"), _get_ready, how) as pool:
-        if arguments.videos:
-            found |= follow_prompts(pool, arguments.videos, arguments.pictures)
-            save()
-        if arguments.pairs:
-            found["pair"] = follow_pairs(pool, arguments.pairs)
-            save()
-        if arguments.guidance:
-            found["guidance"] = {scale: other_guidance(pool, scale) for scale in arguments.guidance}
+    with _pool(arguments.cascade, arguments.device, pipeline, critic) as pool:
+        try:
+            if arguments.videos:
+                figures, videos = follow_prompts(pool, arguments.videos)
+                found |= figures
+                save()
+                if arguments.pictures is not None:
+                    with writing(arguments.pictures):
+                        show(videos, arguments.pictures)
+            if arguments.pairs:
+                found["pair"] = follow_pairs(pool, arguments.pairs)
+                save()
+            if arguments.guidance:
+                found["guidance"] = {scale: other_guidance(pool, scale) for scale in arguments.guidance}
+                save()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # those that wait for their turn need not be made
+            raise
     if arguments.stages:
         found["earned"] = stages_earn_their_place(pipeline, arguments.stages)
     found |= {
-        "judge": judge.accuracy(judge.load()),
+        "judge": judge.accuracy(critic),
         "minutes": round((time.monotonic() - began) / 60, 1),
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }

@@ -6,6 +6,7 @@ that it has not seen.
 
 import argparse
 import itertools
+import math
 import os
 import sys
 import time
@@ -224,6 +225,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, required=True)
     minutes = parser.parse_args().minutes
+    if not 0 < minutes < math.inf:
+        parser.error("minutes have to be a number above 0")
     world.sprites()  # a missing font is said here, not by a worker
     train(minutes)
     shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in accuracy(load()).items())

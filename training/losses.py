@@ -56,7 +56,7 @@ def velocity_loss(
     shared_noise: float = 0.0,
     error_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Return the weighted squared error of the predicted velocity (arXiv 2202.00512) at levels below `top`.
+    """Return the weighted squared error of the predicted velocity (arXiv 2202.00512) at levels up to `top`.
 
     What `error_of` says of the clean sample that the prediction stands for is added.
 

@@ -314,6 +314,8 @@ def telling_what_cannot_be_saved() -> Iterator[None]:
     """Raise Show1Error where what is saved in it cannot be: on a full disk, for one."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:  # torch says a full disk with a RuntimeError
         raise Show1Error(
             f"The training cannot be saved: {first_line(error)}.",

@@ -17,6 +17,7 @@ import os
 import pickle
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -95,7 +96,8 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
             optimizer.step()
         step += 1
         _move_average(average, stage.models, min(0.998, step / (step + 10)))
-        losses.append(loss.detach())
+        if rank == 0:
+            losses.append(loss.detach())
         if step % UPDATES_APART:
             continue
         now = time.monotonic()
@@ -239,6 +241,8 @@ def _resume(checkpoint: Path, trained: Models, average: Models, optimizers: Opti
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         return state["step"], state["seconds"]
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:  # it may be cut short
         raise Show1Error(
             f"{checkpoint} does not fit this stage: {first_line(error)}.",
@@ -323,6 +327,9 @@ def main() -> None:
         parser.error("minutes and rate have to be numbers above 0")
     if arguments.processes is not None and arguments.processes < 1:
         parser.error("at least one process has to train")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**62:
+        parser.error("a seed is a whole number from 0 to 2^62")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `timeout` ends what it runs
     device = check_device(None if arguments.device == "auto" else arguments.device)
     if arguments.seed is None:
         arguments.seed = int.from_bytes(os.urandom(3), "little")
@@ -339,24 +346,43 @@ def main() -> None:
         )
         _export_schedulers()
         _export_words()
+    stages.t5_tokenizer(), stages.clip_tokenizer()  # which several processes would learn at once
     if processes == 1:
         _train(0, None, arguments, device)
         return
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("spawn")
         meeting = (f"file://{folder}/meeting", processes)
-        others = [context.Process(target=_train, args=(n, meeting, arguments, device)) for n in range(1, processes)]
+        others = [context.Process(target=_assist, args=(n, meeting, arguments, device)) for n in range(1, processes)]
         for process in others:
             process.start()
         try:
             _train(0, meeting, arguments, device)
+        except RuntimeError as error:  # gloo's, where another is gone
+            time.sleep(1)
+            if all(process.is_alive() for process in others):
+                raise
+            raise Show1Error(
+                f"A process that trained along has ended: {first_line(error)}.",
+                "What it says above is why; start again, and it goes on from its last checkpoint.",
+            ) from error
         finally:
             for process in others:
                 process.terminate()
 
 
+def _assist(*how) -> None:
+    """Train along; the process of rank 0 ends this one, and tells what both meet."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.exit(exit_code(lambda: _train(*how)))
+
+
 def _train(rank: int, meeting: tuple[str, int] | None, arguments: argparse.Namespace, device: torch.device) -> None:
-    """Train the wanted stages as one of several processes that know each other by `meeting`, or alone."""
+    """Train the wanted stages as one of several processes that know each other by `meeting`, or alone.
+
+    Raises Show1Error where something is missing or damaged, cannot be saved, or the GPU's memory is full.
+    """
     if meeting is not None:
         join(meeting[0], rank, meeting[1])
     if device.type == "cpu":
@@ -365,7 +391,12 @@ def _train(rank: int, meeting: tuple[str, int] | None, arguments: argparse.Names
     for name, (_, share) in stages.STAGES.items():
         if arguments.stage in ("all", name):
             share = share if arguments.stage == "all" else 1
-            run(name, arguments.minutes * share, arguments.seed, device, rank, arguments.rate)
+            try:
+                run(name, arguments.minutes * share, arguments.seed, device, rank, arguments.rate)
+            except torch.OutOfMemoryError as error:
+                raise Show1Error(
+                    "The GPU's memory is full.", "Close what else uses it, or give fewer --processes."
+                ) from error
 
 
 if __name__ == "__main__":

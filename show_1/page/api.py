@@ -55,11 +55,12 @@ class ByPosition:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (scope["type"], scope.get("method"), scope.get("path")) != ("http", "POST", "/gradio_api/call/show-1"):
+        called = scope["type"], scope.get("method"), scope.get("path", "").rstrip("/")
+        if called != ("http", "POST", "/gradio_api/call/show-1"):
             await self.app(scope, receive, send)
             return
         body = await Request(scope, receive).body()
-        with suppress(ValueError, KeyError, TypeError):  # what is none of these calls, Gradio refuses
+        with suppress(ValueError, KeyError, TypeError, RecursionError):  # what is none of these calls, Gradio refuses
             asked = json.loads(body)
             asked["data"] += [None] * (ARGUMENTS - len(asked["data"]))
             body = json.dumps(asked).encode()
@@ -73,7 +74,7 @@ class ByPosition:
 
 async def refuse(request: Request, error: TypeError) -> JSONResponse:
     """Tell a call by HTTP what is wrong with its arguments: Gradio raises that, and answers nothing (6.31)."""
-    if request.url.path != "/gradio_api/call/v2/show-1":
+    if request.url.path.rstrip("/") != "/gradio_api/call/v2/show-1":
         raise error
     told = 'The call has no "prompt", or an argument of another name. Give "prompt" and, as you like, '
     return JSONResponse({"detail": told + '"seed", "settings" and "preset".'}, 422)
@@ -106,7 +107,14 @@ def add_endpoint(jobs: Jobs) -> None:
         try:
             with form.told(escaped=False):
                 asked = prompt, form.seed(seed), settings, None if preset == "" else preset
-                job = await asyncio.to_thread(jobs.submit, visitor, *asked, caller=request.client.host)
+                made = asyncio.ensure_future(
+                    asyncio.to_thread(jobs.submit, visitor, *asked, caller=request.client.host)
+                )
+                try:
+                    job = await asyncio.shield(made)
+                except asyncio.CancelledError:  # the thread goes on: it ends with a job that nobody wants
+                    made.add_done_callback(lambda made: made.exception() or jobs.cancel(visitor, made.result()))
+                    raise
             changed = told_at = None
             while not job.ended:
                 if assistant and assistant not in Assistants.waiting:

@@ -192,11 +192,13 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
         preset.change(choose, preset, [examples, *fields], **at_once)
         random_seed.click(lambda: str(draw_seed()), outputs=seed, **at_once)
         same_seed.click(reuse_seed, shown, seed, js=JOB, **private)
-        reuse_button.click(reuse, shown, [prompt, seed, preset, *fields], js=JOB, **private)
+        edit = reuse_button.click(reuse, shown, [prompt, seed, preset, *fields], js=JOB, **private)
+        edit.success(None, js="() => document.querySelector('#prompt textarea').focus()", **private)
         dropped.upload(restore, dropped, [dropped, prompt, seed, preset, *fields, told], **private)
 
         add_endpoint(jobs)
-    page.queue(default_concurrency_limit=None)
+    # Not open: a call past the queue would get the first status for a result, and have its video cancelled.
+    page.queue(default_concurrency_limit=None, api_open=False)
     # Gradio looks into its queue a thousand times a second, which takes from the models (6 % of a core, measured).
     page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = 0.05
     return page

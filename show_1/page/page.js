@@ -16,10 +16,17 @@ const show1 = {
 
     goTo(job) {
         if (job) {
-            history.pushState(null, '', '?job=' + job);
+            show1.show(job);
             document.querySelector('#screen').scrollIntoView({ block: 'nearest' });
         }
         show1.look();
+    },
+
+    // Has the address say which job is shown, and leaves the rest of it as it is.
+    show(job) {
+        const url = new URL(location);
+        url.searchParams.set('job', job);
+        history.pushState(null, '', url);
     },
 
     // Looks at the job again and again. The server answers when there is news, or after a pause.
@@ -40,15 +47,22 @@ const show1 = {
         const job = show1.job(), shown = [...document.querySelectorAll('[data-mark]')];
         const marks = Object.fromEntries(shown.map(({ id, dataset }) => [id, dataset.mark]));
         try {
-            const told = await show1.server.look({ job, visitor: show1.visitor(), news: news || [], marks });
+            const told = await Promise.race([
+                show1.server.look({ job, visitor: show1.visitor(), news: news || [], marks }),
+                new Promise((_, late) => setTimeout(late, 20000)),  // a server may hang
+            ]);
             if (job !== show1.job()) return true;  // the page has gone on meanwhile
             show1.news = told.news;
+            const focused = document.activeElement;
             for (const [part, [mark, content]] of Object.entries(told.parts)) {
                 const place = document.getElementById(part);
                 if (typeof content === 'boolean') place.toggleAttribute('data-shown', content);
                 else show1.become(place.querySelector('.part'), show1.parsed(`<div class="part">${content}</div>`));
                 place.dataset.mark = mark;
             }
+            // Who works by keyboard goes on at the status where the button that had the focus is gone.
+            if (focused !== document.body && !focused.checkVisibility({ visibilityProperty: true }))
+                document.querySelector('#status .status')?.focus();
             show1.tell();
             show1.describe();
             return true;
@@ -113,7 +127,7 @@ const show1 = {
     },
 
     // Logins end with the server that they were for.
-    loggedOut: () => fetch('config').then(({ status }) => status === 401, () => false),
+    loggedOut: () => fetch('config', { signal: AbortSignal.timeout(5000) }).then(({ status }) => status === 401, () => false),
 
     tellAway(away) {
         const place = document.querySelector('#away .part');
@@ -166,9 +180,7 @@ document.addEventListener('click', event => {
     if (copy) show1.copy(copy);
     if (link && !event.ctrlKey && !event.metaKey && !event.shiftKey) {  // into view without a new page
         event.preventDefault();
-        history.pushState(null, '', link.getAttribute('href'));
-        show1.look();
-        window.scrollTo({ top: 0 });
+        show1.goTo(new URL(link.href).searchParams.get('job'));
     }
 });
 document.addEventListener('click', () => setTimeout(show1.describe));

@@ -16,6 +16,7 @@ from show_1.page.form import short, words
 from show_1.timing import stage_steps
 
 IN_GALLERY = 60  # the newest
+BADGES = {RUNNING: "at work", FAILED: "failed"}
 PLAY = '<svg viewBox="0 0 24 24" aria-hidden="true"><path d="M8 5.5v13l11-6.5z"/></svg>'
 
 
@@ -49,10 +50,11 @@ def what(jobs: Jobs, job: Job) -> str:
         place = len(jobs.ahead(job)) + 1
         return f"In the queue: number {place}" if place > 1 or not preparation else preparation.text
     if job.state == RUNNING:
+        if ending := {"cancel": "Cancelling", "stop": "Stopping"}.get(job.wish):
+            return ending
         if not job.stage:
             return "Reading the prompt"
-        ending = {"cancel": "Cancelling", "stop": "Stopping"}.get(job.wish)
-        return ending or f"Stage {STAGES.index(job.stage) + 1} of {len(STAGES)}: {words(job.stage)}"
+        return f"Stage {STAGES.index(job.stage) + 1} of {len(STAGES)}: {words(job.stage)}"
     if job.state in (DONE, STOPPED) and not jobs.result(job):
         return "This video's file is gone from the server"
     if job.state == DONE:
@@ -120,7 +122,7 @@ def _status(jobs: Jobs, id: str, job: Job | None) -> str:
         )
         lines += [f'<p class="notice">{_text(short(notice, 500))}</p>' for notice in job.notices]
     return (
-        f'<div class="status {state}" data-state="{state}" data-title="{_text(_title(jobs, job))}">'
+        f'<div class="status {state}" tabindex="-1" data-state="{state}" data-title="{_text(_title(jobs, job))}">'
         f'<div role="status" aria-live="polite">{_text(text)}</div>{"".join(lines)}</div>'
     )
 
@@ -247,13 +249,13 @@ def _gallery(jobs: Jobs, visitor: str, id: str) -> str:
     cards, older = [], 0
     for job in jobs.of(visitor):
         if len(cards) == IN_GALLERY:
-            older += job.state not in (CANCELLED, FAILED)  # not looked up on the disk: they may be many
+            older += job.state != CANCELLED  # not looked up on the disk: they may be many
             continue
         result = jobs.result(job)
-        if not result and job.ended:
+        if not result and job.ended and job.state != FAILED:  # why it failed is told there
             continue
         poster = jobs.place(job) / "poster.webp"
-        inside = f'<span class="badge">{"at work" if job.state == RUNNING else "waiting"}</span>'
+        inside = f'<span class="badge">{BADGES.get(job.state, "waiting")}</span>'
         if result:
             picture = f'src="{_url(poster)}"' if poster.is_file() else ""
             inside = f'<img {picture} loading="lazy" alt="" aria-hidden="true" data-video="{_url(result)}">'

@@ -1,0 +1,14 @@
+"""Where figures are kept: a JSON file that is whole at any moment."""
+
+import json
+from pathlib import Path
+
+from show_1.timing import write_atomically
+from show_1.video import writing
+
+
+def write_figures(file: Path | None, figures: dict) -> None:
+    """Write figures where a file is named for them; raises Show1Error where it cannot be written."""
+    if file is not None:
+        with writing(file):
+            write_atomically(file, (json.dumps(figures, indent=1) + "\n").encode())
