@@ -499,11 +499,7 @@ def test_plain_http_by_position(app, values, kind, words):
 @pytest.mark.parametrize(
     ("path", "body", "code"),
     [
-        (
-            "run/show-1",
-            '{"data": ["a cat", null, null, null]}',
-            404,
-        ),  # past the queue, where no video could be waited for
+        ("run/show-1", '{"data": ["a cat", null, null, null]}', 404),  # past the queue
         ("call/show-1", "[" * 5000, 400),
         ("call/v2/show-1/", '{"promt": "a cat"}', 422),
     ],
