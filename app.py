@@ -1,6 +1,7 @@
 """The page: type a prompt, watch the stages, get a video. `python app.py --help` lists the launch flags."""
 
 import argparse
+import errno
 import os
 import signal
 import socket
@@ -119,9 +120,10 @@ def _serve(arguments: argparse.Namespace) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # one is enough
         jobs.close(patience=5)
-        lock.release()
         with suppress(OSError):  # nobody may read it any more
             sys.stdout.flush()
+        with suppress(OSError):
+            lock.release()
         # With a video still in work, an orderly end of Python would make torch abort.
         os._exit(0)
 
@@ -129,6 +131,10 @@ def _serve(arguments: argparse.Namespace) -> None:
 def _launch(page: gr.Blocks, **settings: Any) -> None:
     try:
         page.launch(**settings)
+    except OSError as error:
+        raise Show1Error(
+            f"The page cannot be opened: {first_line(error)}.", "Choose another --port or --server-name."
+        ) from error
     except Exception as error:  # Gradio asks its own page, and whatever it asks with may raise
         raise Show1Error(
             f"The page does not answer on this computer: {first_line(error)}.",
@@ -138,15 +144,19 @@ def _launch(page: gr.Blocks, **settings: Any) -> None:
 
 def _lock(outputs: Path) -> filelock.BaseFileLock:
     """Have the folder for this server alone: two would take each other's jobs for those of a former run."""
-    lock = filelock.FileLock(outputs / "lock", timeout=8)  # the one before may be closing yet
+    # The one before may be closing yet.
+    lock = filelock.FileLock(outputs / ".lock", timeout=8, fallback_to_soft=False)
     try:
         lock.acquire()
     except filelock.Timeout:
         raise Show1Error(
             f"Another server works in the output folder {outputs}.", "Stop that, or choose another --output-dir."
         ) from None
-    except NotImplementedError:  # some network folders know no locks
-        pass
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # some network folders know no locks
+            raise Show1Error(
+                f"{lock.lock_file} cannot be locked: {error.strerror}.", "Remove it, or choose another --output-dir."
+            ) from None
     return lock
 
 

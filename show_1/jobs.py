@@ -51,7 +51,7 @@ from show_1.timing import PHASES, Forecast, stage_steps, wait_for, write_atomica
 
 WAITING, RUNNING, DONE, STOPPED, CANCELLED, FAILED = "waiting", "running", "done", "stopped", "cancelled", "failed"
 ENDED = (DONE, STOPPED, CANCELLED, FAILED)
-STORED = ("id", "visitor", "prompt", "seed", "preset", "changes", "file", "called", "state", "tries", "created")
+STORED = ("id", "visitor", "prompt", "seed", "preset", "changes", "file", "called", "state", "tries", "turn", "created")
 STORED += ("seconds", "notices", "clips", "settings", "fault")
 
 CHANGEABLE = {stage: ("steps", "guidance") for stage in STAGES}
@@ -365,7 +365,7 @@ class Jobs:
                 if not self._queue(line):
                     continue  # cancelled meanwhile
                 job = self._queue(line)[0]
-                line.turn = job.turn
+                line.turn = max(line.turn, job.turn)
                 line.running, job.state = job, RUNNING
                 job.tries += 1
                 self._save_safely(job)
@@ -429,6 +429,7 @@ class Jobs:
         with self._changed:
             if job.state == RUNNING:
                 job.state, job.tries = CANCELLED if job.wish == "cancel" else WAITING, job.tries - 1
+                job.turn = -1  # it has come already
                 self._save_safely(job)
 
     def _follow(self, job: Job, event: Event, pipeline: Show1Pipeline, engine: Engine) -> None:
@@ -619,7 +620,8 @@ class Jobs:
         for scratch in (*old, *self.folder.glob("jobs/*/.show-1-*")):
             shutil.rmtree(scratch, ignore_errors=True)
         for part in self.folder.glob("jobs/*/.*.part"):
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()
         found = []
         for file in self.folder.glob("jobs/*/job.json"):
             try:
@@ -651,11 +653,11 @@ class Jobs:
         except Show1Error as error:
             job.state, job.fault = FAILED, str(error).strip()
         else:
-            was_running = job.state == RUNNING
+            had_turn = job.state == RUNNING or job.turn < 0
             job.state, job.clips, job.notices = WAITING, {}, []
             self._give_turn(job)
-            if was_running:
-                job.turn = -1  # its turn had come
+            if had_turn:
+                job.turn = -1
         self._save_safely(job)
 
 

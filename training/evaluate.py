@@ -11,6 +11,7 @@ time on two cores. How long a video takes is measured before, on a few made with
 import argparse
 import itertools
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -18,7 +19,6 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -235,7 +235,7 @@ def scales(text: str) -> list[float]:
 def _pool(cascade: str, device: str | None, pipeline: Show1Pipeline, critic: judge.Judge) -> Executor:
     """Return what makes videos: on a CPU a process a core; on a GPU, which takes one at a time, this process."""
     if check_device(device).type == "cpu":
-        return ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _get_ready, (cascade, device))
+        return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), _get_ready, (cascade, device))
     _use(pipeline, critic)
     return ThreadPoolExecutor(1)
 
@@ -277,24 +277,25 @@ def main() -> None:
     def save() -> None:  # after each part: they take long
         write_figures(arguments.json, found)
 
-    with _pool(arguments.cascade, arguments.device, pipeline, critic) as pool:
-        try:
-            if arguments.videos:
-                figures, videos = follow_prompts(pool, arguments.videos)
-                found |= figures
-                save()
-                if arguments.pictures is not None:
-                    with writing(arguments.pictures):
-                        show(videos, arguments.pictures)
-            if arguments.pairs:
-                found["pair"] = follow_pairs(pool, arguments.pairs)
-                save()
-            if arguments.guidance:
-                found["guidance"] = {scale: other_guidance(pool, scale) for scale in arguments.guidance}
-                save()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # those that wait for their turn need not be made
-            raise
+    pool = _pool(arguments.cascade, arguments.device, pipeline, critic)
+    try:
+        if arguments.videos:
+            figures, videos = follow_prompts(pool, arguments.videos)
+            found |= figures
+            save()
+            if arguments.pictures is not None:
+                with writing(arguments.pictures):
+                    show(videos, arguments.pictures)
+        if arguments.pairs:
+            found["pair"] = follow_pairs(pool, arguments.pairs)
+            save()
+        if arguments.guidance:
+            found["guidance"] = {scale: other_guidance(pool, scale) for scale in arguments.guidance}
+            save()
+    finally:
+        for process in multiprocessing.active_children():  # what they still make is not wanted
+            process.terminate()
+        pool.shutdown(wait=False)
     if arguments.stages:
         found["earned"] = stages_earn_their_place(pipeline, arguments.stages)
     found |= {

@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import diffusers
@@ -180,7 +181,8 @@ def join(address: str, rank: int, processes: int) -> None:
     """Become one of several processes that train together; they find each other at `address`, file://…"""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
+    patience = timedelta(minutes=5)  # for another that is gone; evaluating takes less
+    distributed.init_process_group("gloo", address, patience, rank=rank, world_size=processes)
 
 
 def _meet(parameters: list[nn.Parameter], seconds: float) -> float:
@@ -329,7 +331,6 @@ def main() -> None:
         parser.error("at least one process has to train")
     if arguments.seed is not None and not 0 <= arguments.seed < 2**62:
         parser.error("a seed is a whole number from 0 to 2^62")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `timeout` ends what it runs
     device = check_device(None if arguments.device == "auto" else arguments.device)
     if arguments.seed is None:
         arguments.seed = int.from_bytes(os.urandom(3), "little")
@@ -354,9 +355,9 @@ def main() -> None:
         context = multiprocessing.get_context("spawn")
         meeting = (f"file://{folder}/meeting", processes)
         others = [context.Process(target=_assist, args=(n, meeting, arguments, device)) for n in range(1, processes)]
-        for process in others:
-            process.start()
         try:
+            for process in others:
+                process.start()
             _train(0, meeting, arguments, device)
         except RuntimeError as error:  # gloo's, where another is gone
             time.sleep(1)
@@ -368,7 +369,15 @@ def main() -> None:
             ) from error
         finally:
             for process in others:
-                process.terminate()
+                if process.is_alive():  # or it has not begun
+                    process.terminate()
+
+
+def _cancel(*_) -> None:
+    """End as after Ctrl-C where `timeout` ends all processes at once; torch would tell each that is gone."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    raise KeyboardInterrupt
 
 
 def _assist(*how) -> None:
@@ -385,6 +394,8 @@ def _train(rank: int, meeting: tuple[str, int] | None, arguments: argparse.Names
     """
     if meeting is not None:
         join(meeting[0], rank, meeting[1])
+    if rank == 0:
+        signal.signal(signal.SIGTERM, _cancel)  # not before: while the processes meet, nothing but the signal ends them
     if device.type == "cpu":
         # Of so few numbers a head, attention's flash kernel takes longer backwards on a CPU than plain products.
         torch.backends.cuda.enable_flash_sdp(False)

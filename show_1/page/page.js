@@ -61,8 +61,8 @@ const show1 = {
                 place.dataset.mark = mark;
             }
             // Who works by keyboard goes on at the status where the button that had the focus is gone.
-            if (focused !== document.body && !focused.checkVisibility({ visibilityProperty: true }))
-                document.querySelector('#status .status')?.focus();
+            if (focused !== document.body && focused?.checkVisibility?.({ visibilityProperty: true }) === false)
+                document.querySelector('#status .status')?.focus({ preventScroll: true });
             show1.tell();
             show1.describe();
             return true;
