@@ -17,12 +17,12 @@ hosts.prepare()
 import huggingface_hub
 import psutil
 from httpx2 import RequestError
-from huggingface_hub import constants, get_token
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from show_1 import access
 from show_1.cascade import Cascade
-from show_1.errors import Show1Error, exit_code
+from show_1.errors import Show1Error, exit_code, first_line
 from show_1.hub import COMPONENTS
 
 
@@ -49,7 +49,7 @@ def _account(arguments: argparse.Namespace) -> tuple[str, access.Account]:
     given = arguments.token
     if given and given.strip().startswith("<"):
         given = None  # "<your_huggingface_token>", as the notebook has it before one is put there
-    kept = get_token()
+    kept = access.kept_token() if not given else None
     if given or os.environ.get("HF_TOKEN"):
         token = access.check_form(given or os.environ["HF_TOKEN"])
     elif kept and (arguments.check or not _can_ask()):
@@ -102,9 +102,10 @@ def _save(token: str) -> None:
         access.in_time(lambda: huggingface_hub.login(token))  # it asks the hub once more
     except (HfHubHTTPError, RequestError, TimeoutError) as error:
         raise access.explain(error, "the account of the token") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: of the name that the hub gives it
+        why = getattr(error, "strerror", None) or first_line(error)
         raise Show1Error(
-            f"The token cannot be saved in {constants.HF_HOME}: {error.strerror or 'the disk refuses'}.",
+            f"The token cannot be saved in {constants.HF_HOME}: {why}.",
             "Set HF_HOME to a folder that can be written to, or put the token into HF_TOKEN each time.",
         ) from error
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from httpx2 import RequestError, TimeoutException
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -169,6 +169,17 @@ def _shown(seconds: int | None) -> str:
     if seconds is None:
         return "some minutes"
     return f"{seconds} seconds" if seconds < 120 else f"{-(-seconds // 60)} minutes"
+
+
+def kept_token() -> str | None:
+    """Return the token that huggingface_hub keeps, or None; raise Show1Error where its file cannot be read."""
+    try:
+        return get_token()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Show1Error(
+            f"The token cannot be read from {constants.HF_TOKEN_PATH}: {first_line(error)}.",
+            "Remove that, or make it yours; or put a token into HF_TOKEN.",
+        ) from error
 
 
 def in_time(ask: Callable[[], T], patience: float = PATIENCE) -> T:

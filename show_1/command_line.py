@@ -3,9 +3,9 @@
 import argparse
 import itertools
 import os
-import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -32,7 +32,6 @@ OUTPUTS = hosts.detect().outputs
 
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
     return exit_code(lambda: _run(arguments), debug=arguments.debug)
 
 
@@ -84,6 +83,11 @@ def _run(arguments: argparse.Namespace) -> None:
         outs.append(arguments.out or _free_name(prompt, seed, outs))
         check_request(prompt, seed, outs[-1])
     if arguments.save_stages is not None:
+        if os.path.realpath(arguments.save_stages) in map(os.path.realpath, outs):
+            raise Show1Error(
+                f"The video and the stages' tensors cannot both be {arguments.save_stages}.",
+                "Give --save-stages a name of its own, like stages.safetensors.",
+            )
         _save_tensors({}, arguments.save_stages, only_try=True)  # to fail now rather than at the end
 
     if cascade.about:
@@ -125,7 +129,7 @@ def _free_name(prompt: str, seed: int, taken: Sequence[Path]) -> Path:
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path, only_try: bool = False) -> None:
     """Write a safetensors file; it appears only when it is complete. With `only_try`, see whether that can be done."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise Show1Error(f"{path} is a folder.", "Give the name of a file in it, like stages.safetensors.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -138,4 +142,5 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path, only_try: bool =
             "Choose a folder that exists, with space, that can be written to.",
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()

@@ -13,8 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import imageio_ffmpeg
-import psutil
-from huggingface_hub import constants, get_token, is_offline_mode
+from huggingface_hub import constants, is_offline_mode
 
 from show_1 import access, hub, versions
 from show_1.cascade import Cascade
@@ -104,7 +103,10 @@ def _encoder() -> Finding:
 
 
 def _token() -> Finding:
-    token = get_token()
+    try:
+        token = access.kept_token()
+    except Show1Error as error:
+        return Finding("token", False, str(error))
     if token is None:
         return Finding("token", True, "none; models that are free for all need none. To log in: python login.py.")
     try:
@@ -123,7 +125,7 @@ def _find(cascade: Cascade, table: str, models: Path | None, offline: bool) -> t
     def look() -> Model:
         model = hub.find(cascade, table, models=models, offline=offline, patient=False)
         if model.files:
-            access.check_model(source, get_token())
+            access.check_model(source, access.kept_token())
         return model
 
     try:
@@ -140,7 +142,7 @@ def _find(cascade: Cascade, table: str, models: Path | None, offline: bool) -> t
 
 def _disk(found: Sequence[Model], complete: bool) -> Finding:
     cache = Path(constants.HF_HUB_CACHE)
-    disk = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+    disk = next(folder for folder in (cache, *cache.parents) if os.path.isdir(folder))
     missing = sum(file.missing for file in {file for model in found for file in model.files})
     free = shutil.disk_usage(disk).free
     says = f"{gigabytes(free)} free at {cache}, {gigabytes(missing)} to fetch"
@@ -159,22 +161,17 @@ def _device(placement: ModuleType, cascade: Cascade, weights: int | None) -> Fin
     from show_1.models import cpu_kernels
     from show_1.pipeline import default_dtype
 
-    memory = psutil.virtual_memory().available + psutil.swap_memory().free
     if torch.cuda.is_available():
         weights = weights or placement.SHOW_1
         properties = torch.cuda.get_device_properties(0)
         says = f"{properties.name}, {gigabytes(properties.total_memory)}"
         try:
             tier = placement.choose(cascade, torch.device("cuda"), weights)
+            placement.check_loading(cascade, torch.device("cuda"), weights)
         except Show1Error as error:
             return Finding("GPU", False, f"{says}. {error}")
-        if memory < weights:  # they are loaded there, all of them, before they go to the GPU
-            return Finding(
-                "GPU",
-                False,
-                f"{says}; but the computer's own memory has {gigabytes(memory)} free, and {cascade.name} needs "
-                f"{gigabytes(weights)} of it. Close other programs, or take a computer with more.",
-            )
+        except RuntimeError as error:  # of a driver, or a GPU whose memory is full
+            return Finding("GPU", False, f"{says}; it does not answer: {first_line(error)}. Close what else uses it.")
         return Finding("GPU", True, f"{says}; {tier.name}, in half precision.")
     why = "none that torch can use"
     if torch.version.cuda is None and shutil.which("nvidia-smi"):

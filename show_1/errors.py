@@ -42,7 +42,10 @@ def exit_code(command: Callable[[], int | None], *, debug: bool = False) -> int:
     With `debug`, bad input is raised instead, with its traceback.
     """
     try:
-        return command() or 0
+        code = command() or 0
+        if sys.stdout:
+            sys.stdout.flush()
+        return code
     except Show1Error as error:
         if debug:
             raise
@@ -51,3 +54,6 @@ def exit_code(command: Callable[[], int | None], *, debug: bool = False) -> int:
     except KeyboardInterrupt:
         print("Cancelled.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

@@ -19,7 +19,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -166,8 +165,7 @@ def fetch(
 
     Raises Show1Error, naming the table and the file or the repository, where something is missing or out of reach.
     """
-    with ThreadPoolExecutor() as pool:  # all at once: where the hub is silent, each waits
-        found = list(pool.map(lambda table: find(cascade, table, models=models, offline=offline), COMPONENTS))
+    found = _find_all(cascade, models, offline)
     tables = {file: model.table for model in found for file in model.files}
     if tables:
         _check_room(sum(file.missing for file in tables))
@@ -177,6 +175,25 @@ def fetch(
         if model.commit:
             _note_commit(cascade.model_source(model.table), getattr(cascade, model.table).revision, model.commit)
     return {model.table: model.folder for model in found}
+
+
+def _find_all(cascade: Cascade, models: str | Path | None, offline: bool) -> list[Model]:
+    """Return where the model of each table is; asked all at once, as where the hub is silent, each waits."""
+    answers: queue.SimpleQueue = queue.SimpleQueue()
+
+    def run(table: str) -> None:
+        try:
+            answers.put((table, find(cascade, table, models=models, offline=offline), None))
+        except Exception as error:
+            answers.put((table, None, error))
+
+    for table in COMPONENTS:  # no pool of threads: Ctrl-C would wait for them
+        threading.Thread(target=run, args=(table,), daemon=True).start()
+    told = {table: (model, error) for table, model, error in (answers.get() for _ in COMPONENTS)}
+    for table in COMPONENTS:
+        if told[table][1] is not None:
+            raise told[table][1]
+    return [told[table][0] for table in COMPONENTS]
 
 
 def find(
@@ -189,7 +206,7 @@ def find(
     source, revision, weights = cascade.model_source(table), getattr(cascade, table).revision, variant(cascade, table)
     if isinstance(source, str) and models is not None:
         source = Path(models) / source
-        if not source.is_dir():
+        if not os.path.isdir(source):  # where Path would raise for names that cannot be
             raise Show1Error(
                 f"The model of [{table}] is not in the folder of models: there is no {source}.",
                 "Put the repository's files there, or leave out --models to fetch them.",
@@ -198,7 +215,8 @@ def find(
         check_complete(source, table, weights)
         return Model(table, source, _size(source, table, weights))
     here = _fetched_before(source, revision, table, weights)
-    if here and (offline or is_offline_mode() or COMMIT.fullmatch(revision or "")):
+    readable_only = os.path.isdir(constants.HF_HUB_CACHE) and not os.access(constants.HF_HUB_CACHE, os.W_OK)
+    if here and (offline or is_offline_mode() or readable_only or COMMIT.fullmatch(revision or "")):
         return here  # a commit cannot change: what is here is as good as what the hub has
     if offline or is_offline_mode():
         raise Show1Error(
@@ -218,7 +236,7 @@ def find(
 
 def weights_in(folder: Path, table: str, component: str, variant: str | None) -> WeightFiles:
     """Return a component's weight files, all of them there."""
-    names = [file.name for file in (folder / component).iterdir() if file.is_file()]  # no link to nothing
+    names = [file.name for file in (folder / component).iterdir() if os.path.isfile(file)]  # no link to nothing
     weights = choose_weights(names, variant)
     if weights is None:
         raise _missing(table, folder / component, WEIGHT_FILE)
@@ -233,8 +251,11 @@ def weights_in(folder: Path, table: str, component: str, variant: str | None) ->
 
 def _shards(index: Path, table: str) -> set[str]:
     try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not all(isinstance(shard, str) for shard in shards):
+            raise TypeError("a file's name is a text")
+        return shards
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Show1Error(
             f"A file of [{table}] is damaged or cut short: {index}.", "Remove it and fetch it again."
         ) from error
@@ -278,7 +299,7 @@ def _missing(table: str, where: Path | str, what: str) -> Show1Error:
 
 
 def _inside(folder: Path) -> list[str]:
-    return [f"{file.parent.name}/{file.name}" for file in folder.glob("*/*") if file.is_file()]  # follows links
+    return [f"{file.parent.name}/{file.name}" for file in folder.glob("*/*") if os.path.isfile(file)]  # follows links
 
 
 def _size(folder: Path, table: str, variant: str | None) -> int:
@@ -420,9 +441,11 @@ def _fetch_file(file: File, tally: _Tally) -> None:
     lock.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):  # as huggingface_hub locks it
         for _ in range(2):
+            if file.blob.exists() and _digest(file, file.blob) != file.digest:
+                file.blob.unlink()  # damaged since it came
             if not file.blob.exists():
                 _download(file, tally)
-                if _digest(file) != file.digest:
+                if _digest(file, file.part) != file.digest:
                     file.part.unlink()
                     tally.set(file, 0)
                     continue
@@ -495,12 +518,12 @@ def _note_commit(repository: str, revision: str | None, commit: str) -> None:
             ref.write_text(commit)
 
 
-def _digest(file: File) -> str:
-    """Return the hash of what has come, of the kind that the hub gives: SHA-256, of small files git's SHA-1."""
-    with file.part.open("rb") as part:
+def _digest(file: File, place: Path) -> str:
+    """Return the hash of what is there, of the kind that the hub gives: SHA-256, of small files git's SHA-1."""
+    with place.open("rb") as content:
         if len(file.digest) == 64:
-            return hashlib.file_digest(part, "sha256").hexdigest()
-        return hashlib.sha1(b"blob %d\0" % file.size + part.read()).hexdigest()
+            return hashlib.file_digest(content, "sha256").hexdigest()
+        return hashlib.sha1(b"blob %d\0" % file.size + content.read()).hexdigest()
 
 
 def _patiently(ask: Callable[[], T], came: Callable[[], int] | None = None) -> T:

@@ -1,9 +1,12 @@
 """Folders to stages: each component by its subfolder, whatever model_index.json says, and strictly."""
 
 import contextlib
+import errno
 import hashlib
+import inspect
 import json
 import logging
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,15 +26,17 @@ from safetensors import safe_open
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
 from transformers.utils import logging as transformers_logging
 
-from show_1 import hub
+from show_1 import hub, placement
 from show_1.cascade import Cascade
 from show_1.errors import Show1Error, first_line
 from show_1.models import UNet3DConditionModel
-from show_1.placement import dtype_of
 from show_1.stages import InterpolationPipeline, KeyframesPipeline, LatentUpscalePipeline, PixelUpscalePipeline
 from show_1.stages.denoise import Stage
+from show_1.text import TOKENS
 
 Folders = Mapping[str, Path]  # where the model of each table is, as `hub.fetch` returns it
+# What the system says of files that are in order; libraries say others of those that are cut short.
+UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SCHEDULERS = {each.__name__: each for each in (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler)}
 
@@ -58,15 +63,21 @@ class Repository:
                     use_safetensors=weights.format == "safetensors",
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # told below, with the key's name
-                    **{dtype_name: dtype_of(component, self.dtype)},
+                    **{dtype_name: placement.dtype_of(component, self.dtype)},
                 )
+            self._check_numbers(model, component)
         except Exception as error:  # whatever a damaged file makes the libraries raise
+            if placement.memory_is_full(error):
+                raise
             raise self._damaged(component, weights, error) from error
-        for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        # Of shards diffusers believes their index: what they lack is still without numbers.
+        info["lacking_keys"] = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        for fault in ("missing_keys", "unexpected_keys", "mismatched_keys", "lacking_keys"):
             for key in sorted(info[fault], key=str):
                 name, *shapes = key if isinstance(key, tuple) else (key,)
                 what = {
                     "missing_keys": f"lacks the weight {name}",
+                    "lacking_keys": f"lacks the weight {name}",
                     "unexpected_keys": f"holds {name}, which the model does not have",
                     "mismatched_keys": f"holds {name} in the wrong shape"
                     + (f", {list(shapes[0])} instead of {list(shapes[1])}" if len(shapes) == 2 else ""),
@@ -92,17 +103,42 @@ class Repository:
         """Return the tokenizer; raises Show1Error where its files are damaged."""
         try:
             with _quiet():
-                return tokenizer_class.from_pretrained(self.folder / "tokenizer")
+                tokenizer = tokenizer_class.from_pretrained(self.folder / "tokenizer")
+            tokenizer("a cat", padding="max_length", max_length=TOKENS, truncation=True)
+            if not isinstance(tokenizer.model_max_length, int | float):
+                raise ValueError("model_max_length is no number")
+            if tokenizer_class is CLIPTokenizer:
+                _check_merges(tokenizer)
+            return tokenizer
         except Exception as error:
             # The library's own words mislead: of a spiece.model cut short it says to install tiktoken.
             raise self._bad_config("tokenizer", "a file there is damaged or cut short") from error
+
+    @staticmethod
+    def _check_numbers(model: torch.nn.Module, component: str) -> None:
+        """Raise ValueError for a text where a configuration has a number, which the libraries meet in mid-video."""
+        for each in type(model).__mro__:
+            for name, parameter in inspect.signature(each.__init__).parameters.items():
+                value = getattr(model.config, name, None)
+                if isinstance(value, str) and isinstance(parameter.default, int | float):
+                    raise ValueError(f"{name} in its config.json is {value!r}, no number")
+        if component == "vae":
+            factors = model.config.scaling_factor, model.config.shift_factor or 0
+            if not all(isinstance(factor, int | float) for factor in factors):
+                raise ValueError("scaling_factor and shift_factor in its config.json are no numbers")
 
     def _files(self, component: str, weights: hub.WeightFiles) -> str:
         return ", ".join(str(self.folder / component / name) for name in weights.names if not name.endswith(".json"))
 
     def _damaged(self, component: str, weights: hub.WeightFiles, error: Exception) -> Show1Error:
         for name in weights.names:
-            if not _opens(file := self.folder / component / name):
+            fault = _fault(file := self.folder / component / name)
+            if isinstance(fault, OSError) and fault.errno in UNREADABLE:
+                return Show1Error(
+                    f"A weight file of [{self.table}] cannot be read: {file}, {os.strerror(fault.errno)}.",
+                    "See that it is yours to read, and its disk in order.",
+                )
+            if fault:
                 return Show1Error(
                     f"A weight file of [{self.table}] is damaged or cut short: {file}.",
                     "Remove it and fetch it again.",
@@ -220,16 +256,28 @@ def _configured(component: Any) -> dict[str, Any]:
     return {key: value for key, value in told.items() if not key.startswith("_") and key not in filled_in}
 
 
-def _opens(file: Path) -> bool:
+def _check_merges(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError where the merges do not make all of the vocabulary: a file cut between two lines looks whole."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    made = {"".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]}
+    for piece in set(model["vocab"]) - made - set(tokenizer.all_special_tokens):
+        if len(piece.removesuffix("</w>")) > 1:
+            raise ValueError(f"no merge makes {piece!r}")
+
+
+def _fault(file: Path) -> Exception | None:
+    """Return what keeps a weight file from being read, if anything does."""
     try:
+        with file.open("rb"):
+            pass
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
                 tensors.keys()
         elif file.suffix == ".bin":
             torch.load(file, map_location="meta", weights_only=True)
-    except Exception:
-        return False
-    return True
+    except Exception as error:
+        return error
+    return None
 
 
 @contextlib.contextmanager

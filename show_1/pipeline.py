@@ -1,6 +1,5 @@
 """Prompt in, video out: the chain of stages, told as it happens."""
 
-import contextlib
 import itertools
 import math
 import os
@@ -163,12 +162,13 @@ class Show1Pipeline:
         folders = hub.fetch(cascade, models=models, offline=offline, report=report)
         weights = placement.weight_bytes(cascade, folders, dtype)
         tier = placement.choose(cascade, device, weights, memory)
+        placement.check_loading(cascade, device, weights)
         if on_load is not None:
             on_load(weights)
-        stages = loading.load_stages(cascade, folders, dtype)
-        pipeline = cls(cascade, *stages)
-        pipeline.weights = loading.fingerprint(stages)
-        with telling_full_memory("Loading the models"):
+        with placement.telling_full_memory("Loading the models"):
+            stages = loading.load_stages(cascade, folders, dtype)
+            pipeline = cls(cascade, *stages)
+            pipeline.weights = loading.fingerprint(stages)
             placement.place(pipeline, tier, device)
         return pipeline
 
@@ -215,7 +215,7 @@ class Show1Pipeline:
         return self._batches(_requests(prompt, seed, path))
 
     def _batches(self, requests: list["Request"]) -> Iterator[Event]:
-        with telling_full_memory("Making a video"):
+        with placement.telling_full_memory("Making a video"):
             for start in range(0, len(requests), self.prompts_at_once):
                 yield from self._stream(requests[start : start + self.prompts_at_once])
 
@@ -405,6 +405,15 @@ class Show1Pipeline:
                     "of its image_noising_scheduler.",
                     f"Give a whole number from 0 to {trained - 1}.",
                 )
+            try:
+                nothing = torch.zeros(1, 3, 1, 1)
+                scheduler.add_noise(nothing, nothing, torch.tensor([level]))
+            except Exception as error:  # as above
+                raise Show1Error(
+                    f"{self.cascade.file}, table [{table}]: the image_noising_scheduler fails at noise_level = "
+                    f"{level}: {first_line(error)}.",
+                    "Take its scheduler_config.json from the model's repository again.",
+                ) from error
 
     def _check_sizes(self) -> None:
         small = math.lcm(frame_multiple(self.keyframes.unet), frame_multiple(self.interpolation.unet))
@@ -431,23 +440,6 @@ class Request:
     prompt: str
     seed: int
     path: Path | None
-
-
-@contextlib.contextmanager
-def telling_full_memory(what: str) -> Iterator[None]:
-    """Raise Show1Error where the memory is full while `what` is done."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            place, remedy = "the GPU", "allow less of it (--memory, or memory=), or take a smaller cascade"
-        elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # PyTorch's words on a CPU
-            place, remedy = "this computer", "or take smaller frames, or a smaller cascade"
-        else:
-            raise
-        raise Show1Error(
-            f"{what} failed: the memory of {place} is full.", f"Close what else uses it, {remedy}."
-        ) from error
 
 
 def _inputs(channels: int, text: int, noise_level: bool) -> str:
@@ -536,7 +528,7 @@ def check_device(device: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(device)
         torch.zeros(1, device=device).item()  # of the device "meta" there is nothing to read
-    except (RuntimeError, AssertionError, ImportError) as error:
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
         raise Show1Error(
             f"There is no device {str(device)!r} here: {str(error).splitlines()[0].rstrip('.')}.",
             "Leave the device out to use what there is, or say cpu.",

@@ -96,6 +96,8 @@ BAD = {
     "output name": (["a cat", "--out", "video.avi"], ".mp4"),
     "stages folder": (["a cat", "--save-stages", "nowhere/s.safetensors"], "nowhere"),
     "stages a folder": (["a cat", "--save-stages", "."], ". is a folder"),
+    "stages a video": (["a cat", "--save-stages", "video.mp4"], "cannot both be video.mp4"),
+    "stages a long name": (["a cat", "--save-stages", 250 * "x"], "cannot be written"),
     "device": (["a cat", "--device", "cuda:9"], "cuda:9"),
     "one file for two": (["a cat", "--also", "a dog", "--out", "cat.mp4"], "there are 2 prompts"),
 }

@@ -406,6 +406,15 @@ def test_what_arrives_damaged_again_and_again_is_not_kept(server, client, folder
     _check_same(server, new_model, answer["folders"]["interpolation"])
 
 
+def test_what_is_damaged_in_the_cache_and_removed_comes_anew(server, client, tiny_cascade, new_model):
+    answer = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
+    file = Path(answer["folders"]["interpolation"]) / UNET[0]
+    file.resolve().write_bytes(b"damaged")
+    file.unlink()  # as the message says: a link to what is damaged
+    answer = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
+    _check_same(server, new_model, answer["folders"]["interpolation"])
+
+
 def test_killed_in_the_middle_it_goes_on_from_there(server, served, tiny_cascade, new_model, tmp_path):
     weights = served / weights_of(new_model)
     weights.write_bytes(os.urandom(20_000_000))

@@ -399,11 +399,41 @@ def test_second_shard_cut_short(copy, tmp_path):
     assert "pytorch_model-00001-of-00002.bin" not in error.problem
 
 
-@pytest.mark.parametrize("text", ["", '{"weight_map": {', "[]", "{}", '{"weight_map": 3}'])
+@pytest.mark.parametrize(
+    "text", ["", '{"weight_map": {', "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1, "b": "x"}}', "[" * 5000]
+)
 def test_index_of_shards_damaged(copy, tmp_path, text):
     file = copy("keyframes") / "text_encoder" / "pytorch_model.bin.index.json"
     file.write_text(text)
     refusal(lambda: load(tmp_path, "keyframes", "text_encoder"), "[keyframes]", "damaged or cut short", str(file))
+
+
+def test_shards_that_lack_what_their_index_promises(copy, tmp_path):
+    folder = copy("keyframes") / "unet"
+    weights = weights_in(folder)
+    _remove_weights(folder)
+    names = [f"diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    places = {key: names[number % 2] for number, key in enumerate(weights)}
+    for name in names:
+        write({key: weights[key] for key in weights if places[key] == names[0]}, folder / name)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    refusal(lambda: load(tmp_path, "keyframes", "unet"), "[keyframes]", names[1], "lacks the weight")
+
+
+@pytest.mark.parametrize(
+    ("table", "component", "change"),
+    [
+        ("latent_upscale", "vae", {"scaling_factor": "0.18215"}),
+        ("latent_upscale", "vae", {"scaling_factor": None}),
+        ("latent_upscale", "vae", {"shift_factor": "0"}),
+        ("keyframes", "unet", {"norm_eps": "1e-5"}),
+    ],
+)
+def test_a_text_in_the_place_of_a_number(copy, tmp_path, table, component, change):
+    file = copy(table) / component / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    refusal(lambda: load(tmp_path, table, component), f"[{table}]", *change)
 
 
 def test_code_in_a_weight_file_is_not_run(copy, tmp_path):
@@ -494,6 +524,23 @@ def test_loading_silences_the_libraries_alone(caplog):
 def test_tokenizer_damaged(copy, tmp_path, table, name, kept):
     cut_short((folder := copy(table) / "tokenizer") / name, kept)
     refusal(lambda: load(tmp_path, table, "tokenizer"), f"The tokenizer of [{table}]", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("merges.txt", lambda text: "\n".join(text.splitlines()[:100]) + "\n"),  # cut between two lines
+        ("merges.txt", lambda text: ""),
+        ("tokenizer_config.json", lambda text: json.dumps(json.loads(text) | {"model_max_length": "77"})),
+        ("tokenizer_config.json", lambda text: json.dumps(json.loads(text) | {"pad_token": None})),
+    ],
+)
+def test_a_tokenizer_that_would_read_otherwise(copy, tmp_path, file, change):
+    folder = copy("latent_upscale") / "tokenizer"
+    shutil.copytree(Path(loading.__file__).parent / "mini" / "show-1-sr2" / "tokenizer", folder, dirs_exist_ok=True)
+    assert load(tmp_path, "latent_upscale", "tokenizer")("a cat").input_ids
+    (folder / file).write_text(change((folder / file).read_text()))
+    refusal(lambda: load(tmp_path, "latent_upscale", "tokenizer"), "The tokenizer of [latent_upscale]", str(folder))
 
 
 @pytest.mark.parametrize(("table", "component"), MODELS)

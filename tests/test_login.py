@@ -241,6 +241,12 @@ def test_what_is_wrong_is_said(doctor, server):
         said(done, "WRONG  GPU", "many hours")
 
 
+def test_a_token_that_cannot_be_read(login, doctor, tmp_path):
+    for done in (doctor(HF_TOKEN_PATH=str(tmp_path)), login("--check", HF_TOKEN_PATH=str(tmp_path))):
+        assert "The token cannot be read" in done.stdout + done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 2
+
+
 def test_offline(doctor, server):
     requests = server.requests
     said(doctor("--offline"), "WRONG  model of [keyframes]", "--offline")

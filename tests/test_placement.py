@@ -1,11 +1,13 @@
 """What sits where: the tier that the memory asks for, and the same frames from every tier."""
 
+import contextlib
 import logging
 import platform
 import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,6 +124,33 @@ def test_mini_fits_anywhere_and_show_1_not_in_a_small_computer(monkeypatch):
     monkeypatch.setattr(placement, "device_memory", lambda device: (16 * GB, 16 * GB))
     with pytest.raises(Show1Error, match=r"needs 31\.7 GB"):
         placement.choose(Cascade.load("show-1"), torch.device("mps"), SHOW_1)
+
+
+def test_the_computers_own_memory_has_to_hold_what_goes_to_a_gpu(monkeypatch):
+    show_1 = Cascade.load("show-1")
+    for free, enough in ((12 * GB, False), (30 * GB, True)):
+        monkeypatch.setattr(placement.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        monkeypatch.setattr(placement.psutil, "swap_memory", lambda: SimpleNamespace(free=0))
+        with contextlib.nullcontext() if enough else pytest.raises(Show1Error, match="own memory has 12"):
+            placement.check_loading(show_1, torch.device("cuda"), SHOW_1)
+
+
+@pytest.mark.parametrize(
+    ("error", "place"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "the GPU"),
+        (RuntimeError("CUDA error: out of memory"), "the GPU"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "the GPU"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), "this computer"),
+        (MemoryError(), "this computer"),
+    ],
+)
+def test_full_memory_is_told(error, place):
+    full = f"^Making it failed: the memory of {place} is full"
+    with pytest.raises(Show1Error, match=full), placement.telling_full_memory("Making it"):
+        raise error
+    with pytest.raises(RuntimeError, match="kernel"), placement.telling_full_memory("Making it"):
+        raise RuntimeError("a kernel died")
 
 
 # --- CUDA graphs, without CUDA
