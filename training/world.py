@@ -136,45 +136,45 @@ def _between(low: float, high: float, number: Tensor) -> Tensor:
 
 def _slide(direction: int, t: Tensor, r: Tensor):
     start, end = _between(0.3, 0.48, r[0]), _between(0.3, 0.48, r[1])
-    return direction * (t * (start + end) - start), _between(-0.1, 0.14, r[2]) + 0 * t, 1 + 0 * t, 0 * t
+    return direction * (t * (start + end) - start), _between(-0.08, 0.1, r[2]) + 0 * t, 1 + 0 * t, 0 * t
 
 
 def _rise(direction: int, t: Tensor, r: Tensor):
     start, end = _between(0.22, 0.3, r[0]), _between(0.22, 0.3, r[1])
-    return _between(-0.35, 0.35, r[2]) + 0 * t, direction * (t * (start + end) - start), 0.9 + 0 * t, 0 * t
+    return _between(-0.35, 0.35, r[2]) + 0 * t, direction * (t * (start + end) - start), 0.85 + 0 * t, 0 * t
 
 
 def _jump(t: Tensor, r: Tensor):
-    jumps, height = _between(1.4, 2.2, r[0]), _between(0.3, 0.42, r[1])
-    y = 0.2 - height * (math.pi * (jumps * t + 0.3 * r[2])).sin().abs()
-    return _between(-0.35, 0.35, r[3]) + _between(-0.12, 0.12, r[4]) * (t - 0.5), y, 0.9 + 0 * t, 0 * t
+    jumps, height = _between(1.1, 1.6, r[0]), _between(0.3, 0.4, r[1])
+    y = 0.16 - height * (math.pi * (jumps * t + 0.3 * r[2])).sin().abs()
+    return _between(-0.35, 0.35, r[3]) + _between(-0.12, 0.12, r[4]) * (t - 0.5), y, 0.85 + 0 * t, 0 * t
 
 
 def _spin(t: Tensor, r: Tensor):
-    turns = _between(0.5, 0.9, r[0])
+    turns = _between(0.35, 0.6, r[0])
     return _between(-0.35, 0.35, r[2]) + 0 * t, _between(-0.08, 0.1, r[3]) + 0 * t, 1 + 0 * t, 2 * math.pi * turns * t
 
 
 def _resize(direction: int, t: Tensor, r: Tensor):
-    small, big = _between(0.5, 0.6, r[0]), _between(1.1, 1.25, r[1])
+    small, big = _between(0.45, 0.54, r[0]), _between(1, 1.12, r[1])
     size = small * (big / small) ** (t if direction > 0 else 1 - t)
-    return _between(-0.3, 0.3, r[2]) + 0 * t, _between(-0.05, 0.1, r[3]) + 0 * t, size, 0 * t
+    return _between(-0.3, 0.3, r[2]) + 0 * t, _between(-0.05, 0.06, r[3]) + 0 * t, size, 0 * t
 
 
 def _swing(t: Tensor, r: Tensor):
-    angle = _between(0.45, 0.7, r[0]) * (2 * math.pi * (_between(1, 1.5, r[1]) * t + 0.25 * r[2])).sin()
+    angle = _between(0.45, 0.7, r[0]) * (2 * math.pi * (_between(0.8, 1.1, r[1]) * t + 0.25 * r[2])).sin()
     # Like a pendulum that hangs from a point above the object.
-    return _between(-0.3, 0.3, r[3]) - 0.42 * angle.sin(), 0.42 * angle.cos() - 0.36, 0.95 + 0 * t, angle
+    return _between(-0.25, 0.25, r[3]) - 0.42 * angle.sin(), 0.42 * angle.cos() - 0.36, 0.92 + 0 * t, angle
 
 
 def _circle(t: Tensor, r: Tensor):
-    angle = 2 * math.pi * (_between(0.85, 1.2, r[0]) * t * (2 * (r[1] > 0.5) - 1) + 0.25 * r[2])
+    angle = 2 * math.pi * (_between(0.75, 1, r[0]) * t * (2 * (r[1] > 0.5) - 1) + 0.25 * r[2])
     radius = _between(0.2, 0.26, r[3])
-    return _between(-0.2, 0.2, r[4]) + 1.2 * radius * angle.cos(), radius * angle.sin(), 0.85 + 0 * t, 0 * t
+    return _between(-0.2, 0.2, r[4]) + 1.2 * radius * angle.cos(), radius * angle.sin(), 0.78 + 0 * t, 0 * t
 
 
 def _stand(t: Tensor, r: Tensor):
-    return _between(-0.4, 0.4, r[0]) + 0 * t, _between(-0.05, 0.14, r[1]) + 0 * t, 1 + 0 * t, 0 * t
+    return _between(-0.4, 0.4, r[0]) + 0 * t, _between(-0.06, 0.08, r[1]) + 0 * t, 1 + 0 * t, 0 * t
 
 
 MOTIONS = {
@@ -762,7 +762,7 @@ def _place(scenes: list[Scene], numbers: Tensor, paths: Tensor, order: int) -> T
     base, tilt, _, gap = numbers[:, PATH_NUMBERS - 4 : PATH_NUMBERS].T[..., None]
     pair = torch.tensor([[len(scene.objects) == 2] for scene in scenes])
     x = torch.where(pair, 0.45 * x + (2 * order - 1) * _between(0.27, 0.33, gap), x)
-    size = size * torch.where(pair, _between(0.42, 0.5, base), _between(0.58, 0.75, base))
+    size = size * torch.where(pair, _between(0.48, 0.56, base), _between(0.7, 0.88, base))
     looks = torch.tensor([[OBJECTS[from_left(scene)[order]].faces] for scene in scenes])
     wanted = torch.tensor([[MOTIONS[scene.motion].faces] for scene in scenes])
     flip = torch.where((wanted != 0) & (looks == -wanted), -1.0, 1.0)

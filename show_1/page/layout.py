@@ -214,8 +214,11 @@ def _part(name: str, **settings: Any) -> None:
 
 
 def _news(id: str, job: Job | None) -> list:
-    """Return what a visitor wants to hear of at once; steps and times are told with it."""
-    return [id, *((job.state, job.stage, job.wish, len(job.clips), len(job.notices), job.previewed) if job else ())]
+    """Return what a visitor wants to hear of at once; steps, times, stages and clips are told with it, or by PAUSE.
+
+    Each look takes a browser some hundredths of a second, of the models' where it runs beside them.
+    """
+    return [id, *((job.state, job.wish, len(job.notices), job.previewed) if job else ())]
 
 
 def _known(jobs: Jobs, id: str) -> Job:
