@@ -58,7 +58,7 @@ def test_reuse_and_guidance_interval_leave_work_out(pipeline):
 def test_measures_are_keys_that_may_be_left_out():
     exact, fast = Cascade.load("show-1"), Cascade.load("show-1-fast")
     assert exact.stream_settings("interpolation") == {"steps": 50, "guidance": 4.0}
-    measures = {"guidance_interval": [174, 885], "reuse": 2}
+    measures = {"guidance_interval": [167, 881], "reuse": 2}
     assert fast.stream_settings("interpolation") == {"steps": 20, "guidance": 4.0} | measures
     assert fast.stream_settings("first_frame")["schedule"] == "smart27"
     assert Cascade.from_settings(json.loads(json.dumps(fast.settings())), fast.file).settings() == fast.settings()
