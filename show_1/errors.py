@@ -30,8 +30,9 @@ def first_line(error: Exception) -> str:
 def check_outputs(*files: Path | None) -> None:
     """Raise Show1Error for a file that cannot be written, before the work rather than after it."""
     for file in filter(None, files):
-        there = file.exists()
-        places = [file] * there + [file.resolve().parent] * (not there or file.is_file())  # which replaces the file
+        places = [file] if file.exists() else []
+        if not places or file.is_file():  # a new one takes its place
+            places.append(file.resolve().parent)
         if file.is_dir() or not all(os.access(place, os.W_OK) for place in places):
             raise Show1Error(f"{file} cannot be written.", "Name a file in a folder that is there and yours.")
 

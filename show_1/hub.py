@@ -215,9 +215,10 @@ def find(
         check_complete(source, table, weights)
         return Model(table, source, _size(source, table, weights))
     here = _fetched_before(source, revision, table, weights)
-    readable_only = os.path.isdir(constants.HF_HUB_CACHE) and not os.access(constants.HF_HUB_CACHE, os.W_OK)
-    if here and (offline or is_offline_mode() or readable_only or COMMIT.fullmatch(revision or "")):
-        return here  # a commit cannot change: what is here is as good as what the hub has
+    read_only = os.path.isdir(constants.HF_HUB_CACHE) and not os.access(constants.HF_HUB_CACHE, os.W_OK)
+    fixed = COMMIT.fullmatch(revision or "")  # a commit cannot change: what is here is as good as what the hub has
+    if here and (offline or is_offline_mode() or read_only or fixed):
+        return here
     if offline or is_offline_mode():
         raise Show1Error(
             f"The model {source} of [{table}] is not on this computer in full, and the hub is not to be asked "

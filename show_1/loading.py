@@ -65,7 +65,7 @@ class Repository:
                     ignore_mismatched_sizes=True,  # told below, with the key's name
                     **{dtype_name: placement.dtype_of(component, self.dtype)},
                 )
-            self._check_numbers(model, component)
+            _check_numbers(model)
         except Exception as error:  # whatever a damaged file makes the libraries raise
             if placement.memory_is_full(error):
                 raise
@@ -113,19 +113,6 @@ class Repository:
         except Exception as error:
             # The library's own words mislead: of a spiece.model cut short it says to install tiktoken.
             raise self._bad_config("tokenizer", "a file there is damaged or cut short") from error
-
-    @staticmethod
-    def _check_numbers(model: torch.nn.Module, component: str) -> None:
-        """Raise ValueError for a text where a configuration has a number, which the libraries meet in mid-video."""
-        for each in type(model).__mro__:
-            for name, parameter in inspect.signature(each.__init__).parameters.items():
-                value = getattr(model.config, name, None)
-                if isinstance(value, str) and isinstance(parameter.default, int | float):
-                    raise ValueError(f"{name} in its config.json is {value!r}, no number")
-        if component == "vae":
-            factors = model.config.scaling_factor, model.config.shift_factor or 0
-            if not all(isinstance(factor, int | float) for factor in factors):
-                raise ValueError("scaling_factor and shift_factor in its config.json are no numbers")
 
     def _files(self, component: str, weights: hub.WeightFiles) -> str:
         return ", ".join(str(self.folder / component / name) for name in weights.names if not name.endswith(".json"))
@@ -254,6 +241,19 @@ def _configured(component: Any) -> dict[str, Any]:
     told = config.to_diff_dict() if hasattr(config, "to_diff_dict") else dict(config)
     filled_in = {"transformers_version", *told.get("_use_default_values", ())}
     return {key: value for key, value in told.items() if not key.startswith("_") and key not in filled_in}
+
+
+def _check_numbers(model: torch.nn.Module) -> None:
+    """Raise ValueError for a text where a configuration has a number, which the libraries meet in mid-video."""
+    for each in type(model).__mro__:
+        for name, parameter in inspect.signature(each.__init__).parameters.items():
+            value = getattr(model.config, name, None)
+            if isinstance(value, str) and isinstance(parameter.default, int | float):
+                raise ValueError(f"{name} in its config.json is {value!r}, no number")
+    if isinstance(model, AutoencoderKL):
+        factors = model.config.scaling_factor, model.config.shift_factor or 0
+        if not all(isinstance(factor, int | float) for factor in factors):
+            raise ValueError("scaling_factor and shift_factor in its config.json are no numbers")
 
 
 def _check_merges(tokenizer: PreTrainedTokenizerBase) -> None:

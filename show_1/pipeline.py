@@ -143,9 +143,9 @@ class Show1Pipeline:
 
         By default that is `show-1` on the CUDA device where there is one, else `mini` on the CPU; see `default_dtype`.
         `dtype` is that of all models and their noise (`placement.dtype_of` tells an exception; the first frame's steps
-        draw in float32). What sits on the device
-        follows from its free memory, or from `memory` ("12GB"). `models`, `offline` and `report` are those of
-        `hub.fetch`: a folder to take the models from, no network, and what to call with the fetching's Progress.
+        draw in float32). What sits on the device follows from its free memory, or from `memory` ("12GB"). `models`,
+        `offline` and `report` are those of `hub.fetch`: a folder to take the models from, no network, and what to call
+        with the fetching's Progress.
         `on_load` is called once, when all is here and the loading begins, with the bytes of the weights.
 
         Raises Show1Error for a cascade, model, device, dtype or memory that will not do.

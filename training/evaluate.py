@@ -292,10 +292,13 @@ def main() -> None:
         if arguments.guidance:
             found["guidance"] = {scale: other_guidance(pool, scale) for scale in arguments.guidance}
             save()
-    finally:
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        time.sleep(0.5)  # until what waits is dropped: Python 3.11 would find fault with it when the processes are gone
         for process in multiprocessing.active_children():  # what they still make is not wanted
             process.terminate()
-        pool.shutdown(wait=False)
+        raise
+    pool.shutdown()
     if arguments.stages:
         found["earned"] = stages_earn_their_place(pipeline, arguments.stages)
     found |= {

@@ -405,8 +405,8 @@ def keyframes_stage(device: torch.device) -> Stage:
     """The keyframes' whole UNet, from clips of eight frames, (batch, 3, 8, 20, 32), with pictures beside them."""
     unet = models.video_unet("keyframes")
     _start_from(unet, MINI / "show-1-base" / "unet")
-    # Where things are and go is decided in much noise: clips teach that. What they look like is decided below it: drawn
-    # on from true pictures noised to level 600, airplanes had two pairs of wings. Pictures teach that, which are more.
+    # Where things are and go is decided in much noise: clips teach that. What they look like is decided in less: drawn
+    # on from true pictures noised to level 600, airplanes had two pairs of wings. Pictures teach that: they are more.
     levels, shared = around(0.4, 1.6), Cascade.load("mini").keyframes.shared_noise
     how = {"steps": 12, "shared_noise": shared, "movement_weight": 3.0}
     stage = pixel_stage(unet, keyframe_clips, "show-1-base/unet", device, levels, **how)

@@ -347,7 +347,8 @@ def main() -> None:
         )
         _export_schedulers()
         _export_words()
-    stages.t5_tokenizer(), stages.clip_tokenizer()  # which several processes would learn at once
+    stages.t5_tokenizer()  # before several processes learn them at once
+    stages.clip_tokenizer()
     if processes == 1:
         _train(0, None, arguments, device)
         return

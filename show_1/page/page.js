@@ -127,7 +127,8 @@ const show1 = {
     },
 
     // Logins end with the server that they were for.
-    loggedOut: () => fetch('config', { signal: AbortSignal.timeout(5000) }).then(({ status }) => status === 401, () => false),
+    loggedOut: () => fetch('config', { signal: AbortSignal.timeout(5000) })
+        .then(({ status }) => status === 401, () => false),
 
     tellAway(away) {
         const place = document.querySelector('#away .part');
