@@ -10,10 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from show_1 import hosts, versions
+from show_1 import errors, hosts, versions
 
 versions.require()  # first, as the imports below fail where something is too old
 hosts.prepare()
+errors.tell_plainly()
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # the page asks nothing of the outside
 
 import filelock
@@ -72,7 +73,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     if arguments.memory is not None:
         parse_memory(arguments.memory, device_memory(device)[1])
     cascade = Cascade.load(arguments.cascade or default_cascade(device))
-    outputs = arguments.output_dir.resolve()
+    outputs = Path(os.path.realpath(arguments.output_dir))  # where resolve() would raise for a link to itself
     try:
         outputs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -92,14 +93,15 @@ def _serve(arguments: argparse.Namespace) -> None:
     where = {"memory": arguments.memory, "models": arguments.models, "offline": arguments.offline}
     jobs = Jobs(cascade, device, outputs, arguments.queue_size, **where)
     page = build(jobs, notes)
+    gr.set_static_paths([outputs / "jobs"])  # what is served, and not copied; nothing else that the folder may hold
     _launch(
         page,
         share=arguments.share,
         auth=auth,
         server_name=f"[{host}]" if ":" in (host := arguments.server_name.strip("[]")) else host,
         server_port=arguments.port or None,
-        allowed_paths=[str(outputs / "jobs")],  # and nothing else that the output folder may hold
         max_file_size="100mb",
+        max_threads=40 + arguments.queue_size,  # a program that waits holds one of Gradio's 40
         run_history=False,  # the gallery is ours, and one visitor's
         mcp_server=arguments.mcp,
         footer_links=["api"],

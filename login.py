@@ -9,10 +9,11 @@ import os
 import sys
 import warnings
 
-from show_1 import hosts, versions
+from show_1 import errors, hosts, versions
 
 versions.require()  # first, as the imports below fail where something is too old
 hosts.prepare()
+errors.tell_plainly()
 
 import huggingface_hub
 import psutil
@@ -102,10 +103,14 @@ def _save(token: str) -> None:
         access.in_time(lambda: huggingface_hub.login(token))  # it asks the hub once more
     except (HfHubHTTPError, RequestError, TimeoutError) as error:
         raise access.explain(error, "the account of the token") from error
-    except (OSError, ValueError) as error:  # ValueError: of the name that the hub gives it
-        why = getattr(error, "strerror", None) or first_line(error)
+    except ValueError as error:  # huggingface_hub keeps tokens by the names that they have at the hub
         raise Show1Error(
-            f"The token cannot be saved in {constants.HF_HOME}: {why}.",
+            f"The token cannot be saved under its name: {first_line(error)}.",
+            f"Give it another name at {access.TOKENS}, or put it into HF_TOKEN each time.",
+        ) from error
+    except OSError as error:
+        raise Show1Error(
+            f"The token cannot be saved in {constants.HF_HOME}: {error.strerror or first_line(error)}.",
             "Set HF_HOME to a folder that can be written to, or put the token into HF_TOKEN each time.",
         ) from error
 

@@ -30,7 +30,7 @@ from benchmarks.figures import write_figures
 from benchmarks.ways import STAGES, Original, Ours, made_up_clips
 from show_1 import Cascade, Show1Error, hub, placement
 from show_1.command_line import DTYPES
-from show_1.errors import check_outputs, exit_code
+from show_1.errors import check_outputs, exit_code, telling_full_memory
 from show_1.pipeline import check_device, default_cascade, default_dtype
 from show_1.timing import wait_for
 
@@ -359,7 +359,7 @@ def _run(arguments: argparse.Namespace) -> None:
     tier = placement.choose(cascade, device, weights, arguments.memory)
     # The original knows float16 and float32, and CPUs are slow in float16.
     theirs = torch.float32 if device.type == "cpu" and not arguments.dtype else dtype
-    with placement.telling_full_memory("Loading the models"):
+    with telling_full_memory("Loading the models"):
         # Random weights are made where there is room for all of them.
         where = device if tier == placement.TIERS[0] else torch.device("cpu")
         original = Original(models.load(exact, where, theirs, random), device)

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from show_1.errors import Show1Error, exit_code, first_line
+from show_1.errors import Show1Error, exit_code, first_line, telling_full_memory
 from show_1.models.try_kernels import KERNELS
-from show_1.placement import telling_full_memory
 
 # By device and kernel; of the sums' and the norms' shapes, the second number is that of channels.
 SHAPES = {

@@ -1,6 +1,5 @@
 """`python -m show_1 PROMPT` makes a video; `doctor` says whether it could, `replay` makes one again."""
 
-import io
 import signal
 import sys
 
@@ -9,19 +8,11 @@ from show_1 import hosts, versions
 
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is removed
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # of names that it cannot show
-    try:
-        return _run()
-    except KeyboardInterrupt:  # while all is imported
-        print("Cancelled.", file=sys.stderr)
-        return 130
-
-
-def _run() -> int:
     versions.require()
     hosts.prepare()
+    from show_1 import errors
+
+    errors.tell_plainly()
     # Imported only now: where a package is too old the import would fail, and the doctor answers before torch is up.
     if sys.argv[1:2] == ["doctor"]:
         from show_1 import doctor

@@ -4,10 +4,10 @@ What the hub answers, and in which words, is told in https://huggingface.co/docs
 answers; where its words change, the sentences here become less exact, not wrong.
 """
 
-import queue
 import re
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -182,21 +182,20 @@ def kept_token() -> str | None:
         ) from error
 
 
-def in_time(ask: Callable[[], T], patience: float = PATIENCE) -> T:
-    """Return what `ask` returns, in so many seconds; raise what it raises, or TimeoutError."""
-    answer: queue.SimpleQueue = queue.SimpleQueue()
+def in_background(ask: Callable[[], T]) -> "Future[T]":
+    """Return what will hold what `ask` returns or raises; Python does not wait for it at its end, as it does a pool."""
+    answer: Future[T] = Future()
 
     def run() -> None:
         try:
-            answer.put((ask(), None))
-        except Exception as error:
-            answer.put((None, error))
+            answer.set_result(ask())
+        except BaseException as error:
+            answer.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    try:
-        value, error = answer.get(timeout=patience)
-    except queue.Empty:
-        raise TimeoutError from None
-    if error is not None:
-        raise error
-    return value
+    return answer
+
+
+def in_time(ask: Callable[[], T], patience: float = PATIENCE) -> T:
+    """Return what `ask` returns, in so many seconds; raise what it raises, or TimeoutError."""
+    return in_background(ask).result(timeout=patience)

@@ -261,13 +261,13 @@ class Cascade:
             settings[table] = {key: value for key, value in values.items() if value is not None}
         return settings
 
-    def override(self, assignments: Iterable[str]) -> "Cascade":
-        """Return this cascade with changes: "keyframes.steps=10" (also "fps=12"), values as in TOML, quotes optional.
+    def override(self, assignments: str | Iterable[str]) -> "Cascade":
+        """Return this cascade with a change, or several: "keyframes.steps=10", "fps=12"; values as in TOML, or bare.
 
         Other steps of the first frame leave its schedule out, unless one is given, too. Raises Show1Error, naming
         `--set` and the text given. Settings that must agree are looked at when all are made.
         """
-        assignments = list(assignments)
+        assignments = [assignments] if isinstance(assignments, str) else list(assignments)
         settings, given = self.settings(), set()
         for assignment in assignments:
             where = f"--set {assignment}"
@@ -287,6 +287,15 @@ class Cascade:
             leave_out_schedule(settings)
         where = " ".join(f"--set {assignment}" for assignment in assignments)
         return dataclasses.replace(_build(Cascade, settings, where, file=self.file), about=self.about)
+
+    def models(self) -> list[tuple]:
+        """Return what decides which weights are loaded: of each table, where they are from and which."""
+        found = []
+        for stage in STAGES:
+            table, source = getattr(self, stage), self.model_source(stage)
+            source = os.path.realpath(source) if isinstance(source, Path) else source
+            found.append((source, table.revision, getattr(table, "variant", None)))
+        return found
 
     def stream_settings(self, stage: str) -> dict[str, Any]:
         """Return what the stream of a stage ("keyframes") takes from its table: all but models and prompts."""

@@ -120,11 +120,11 @@ def _whole_number(text: str) -> int:
 
 
 def _free_name(prompt: str, seed: int, taken: Sequence[Path]) -> Path:
-    with writing(OUTPUTS):
-        OUTPUTS.mkdir(parents=True, exist_ok=True)
     stem = f"{slug(prompt)}-{seed}"
     names = (f"{stem}{suffix}.mp4" for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
-    return next(OUTPUTS / name for name in names if not (OUTPUTS / name).exists() and OUTPUTS / name not in taken)
+    with writing(OUTPUTS):
+        OUTPUTS.mkdir(parents=True, exist_ok=True)
+        return next(OUTPUTS / name for name in names if not (OUTPUTS / name).exists() and OUTPUTS / name not in taken)
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path, only_try: bool = False) -> None:
@@ -133,7 +133,7 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path, only_try: bool =
         raise Show1Error(f"{path} is a folder.", "Give the name of a file in it, like stages.safetensors.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        save_file(tensors, temporary)
         if not only_try:
             os.replace(temporary, path)
     except (OSError, SafetensorError) as error:

@@ -2,13 +2,13 @@
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import os
 import platform
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -62,26 +62,26 @@ def examine(cascade: Cascade, models: Path | None = None, offline: bool = False)
     """Yield what is found, in the order in which people set things up; nothing is fetched or written."""
     offline = offline or is_offline_mode()
     from_hub = models is None and any(isinstance(cascade.model_source(table), str) for table in COMPONENTS)
-    with ThreadPoolExecutor() as pool:
-        # All at once: the hub may be far, and torch takes seconds to import.
-        placement = pool.submit(importlib.import_module, "show_1.placement")
-        token = pool.submit(_token) if from_hub and not offline else None
-        looked = [pool.submit(_find, cascade, table, models, offline) for table in COMPONENTS]
-        yield _versions()
-        yield _encoder()
-        models_found = [look.result() for look in looked]
-        found = [model for model, _ in models_found if model]
-        complete = len(found) == len(COMPONENTS)
-        if token:
-            needed = not complete or any(model.files for model in found)
-            finding = token.result()
-            yield finding if needed else dataclasses.replace(finding, good=True)
-        for _, finding in models_found:
-            yield finding
-        if from_hub and not offline:
-            yield _disk(found, complete)
-        # Of what is out of reach, suppose that it is large, as the models at the hub are.
-        yield _device(placement.result(), cascade, sum(model.size for model in found) if complete else None)
+    # All at once: the hub may be far, and torch takes seconds to import.
+    placement = access.in_background(lambda: importlib.import_module("show_1.placement"))
+    token = access.in_background(_token) if from_hub and not offline else None
+    look = functools.partial(_find, cascade, models=models, offline=offline)
+    looks = [access.in_background(functools.partial(look, table)) for table in COMPONENTS]
+    yield _versions()
+    yield _encoder()
+    models_found = [each.result() for each in looks]
+    found = [model for model, _ in models_found if model]
+    complete = len(found) == len(COMPONENTS)
+    if token:
+        needed = not complete or any(model.files for model in found)
+        finding = token.result()
+        yield finding if needed else dataclasses.replace(finding, good=True)
+    for _, finding in models_found:
+        yield finding
+    if from_hub and not offline:
+        yield _disk(found, complete)
+    # Of what is out of reach, suppose that it is large, as the models at the hub are.
+    yield _device(placement.result(), cascade, sum(model.size for model in found) if complete else None)
 
 
 def _versions() -> Finding:

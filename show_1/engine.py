@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from show_1.cascade import BUNDLED, STAGES, Cascade
+from show_1.cascade import BUNDLED, Cascade
 from show_1.errors import Show1Error
 from show_1.hub import Progress
 from show_1.pipeline import Show1Pipeline, default_dtype
@@ -132,7 +132,7 @@ def presets(cascade: Cascade) -> dict[str, Cascade]:
     for file in (*sorted(cascade.file.parent.glob("*.toml")), *sorted(BUNDLED.glob("*.toml"))):
         try:
             other = Cascade.load(file)
-            if _models(other) == _models(cascade):
+            if other.models() == cascade.models():
                 found.setdefault(file.stem, other)
         except Show1Error:
             pass  # some other TOML file
@@ -144,17 +144,3 @@ def told(error: Exception, what: str) -> str:
     if isinstance(error, Show1Error):
         return str(error)
     return f"{what} failed; the server's log says why. Try again, or with other settings."
-
-
-def _models(cascade: Cascade) -> list[tuple]:
-    """Return what decides which weights are loaded."""
-    tables = [getattr(cascade, stage) for stage in STAGES]
-    return [
-        (str(_resolved(cascade, stage)), table.revision, getattr(table, "variant", None))
-        for stage, table in zip(STAGES, tables, strict=True)
-    ]
-
-
-def _resolved(cascade: Cascade, stage: str) -> Path | str:
-    source = cascade.model_source(stage)
-    return source.resolve() if isinstance(source, Path) else source

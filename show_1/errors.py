@@ -1,8 +1,11 @@
 """The one exception that users meet: what is wrong, and what to do about it; and how commands tell it."""
 
+import contextlib
+import errno
+import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -32,16 +35,57 @@ def check_outputs(*files: Path | None) -> None:
     for file in filter(None, files):
         places = [file] if file.exists() else []
         if not places or file.is_file():  # a new one takes its place
-            places.append(file.resolve().parent)
+            places.append(Path(os.path.realpath(file)).parent)  # where resolve() would raise for a link to itself
         if file.is_dir() or not all(os.access(place, os.W_OK) for place in places):
             raise Show1Error(f"{file} cannot be written.", "Name a file in a folder that is there and yours.")
 
 
-def exit_code(command: Callable[[], int | None], *, debug: bool = False) -> int:
-    """Run a command and return its exit code: its own, 2 after bad input, told in two sentences, or 130 after Ctrl-C.
+def memory_is_full(error: Exception) -> bool:
+    """Whether this is how PyTorch, Python or the system say that a memory is full: of a GPU, or the computer's own."""
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (
+            isinstance(error, RuntimeError)
+            and any(words in str(error) for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
+        )
+    )
 
-    With `debug`, bad input is raised instead, with its traceback.
+
+@contextlib.contextmanager
+def telling_full_memory(what: str) -> Iterator[None]:
+    """Raise Show1Error where the memory is full while `what` is done."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not memory_is_full(error):
+            raise
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):  # PyTorch's words on a CPU
+            place, remedy = "the GPU", "allow less of it (--memory, or memory=), or take a smaller cascade"
+        else:
+            place, remedy = "this computer", "or take smaller frames, or a smaller cascade"
+        raise Show1Error(
+            f"{what} failed: the memory of {place} is full.", f"Close what else uses it, {remedy}."
+        ) from error
+
+
+def tell_plainly() -> None:
+    """Have a Ctrl-C be one word, also while a command's modules are imported, which takes seconds."""
+    shown = sys.excepthook
+    sys.excepthook = lambda kind, error, trace: (
+        print("Cancelled.", file=sys.stderr) if kind is KeyboardInterrupt else shown(kind, error, trace)
+    )
+
+
+def exit_code(command: Callable[[], int | None], *, debug: bool = False) -> int:
+    """Run a command and return its exit code: its own, or 2 after bad input, which is told in two sentences.
+
+    Or 130 after Ctrl-C, and 141 where nobody reads its output any more, as the shell has it. With `debug`, bad input is
+    raised instead, with its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of names and signs that it cannot show
     try:
         code = command() or 0
         if sys.stdout:
@@ -57,4 +101,4 @@ def exit_code(command: Callable[[], int | None], *, debug: bool = False) -> int:
         return 130
     except BrokenPipeError:  # who read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 141

@@ -43,6 +43,8 @@ class Graphed:
         self.recordings: dict[tuple, Recording | None] = {}  # None: seen once, which has warmed the libraries up
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():  # a replay leaves nothing to go back through
+            return self.forward(*args, **kwargs)
         inputs = (args, kwargs)
         kind = tuple((tuple(x.shape), x.dtype, x.device) if _is_tensor(x) else x for x in tree_leaves(inputs))
         kind += tuple(kwargs)

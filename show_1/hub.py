@@ -9,6 +9,7 @@ https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
 
-from show_1.access import PATIENCE, explain, in_time, retry_after
+from show_1.access import PATIENCE, explain, in_background, in_time, kept_token, retry_after
 from show_1.cascade import Cascade
 from show_1.errors import Show1Error
 
@@ -179,21 +180,9 @@ def fetch(
 
 def _find_all(cascade: Cascade, models: str | Path | None, offline: bool) -> list[Model]:
     """Return where the model of each table is; asked all at once, as where the hub is silent, each waits."""
-    answers: queue.SimpleQueue = queue.SimpleQueue()
-
-    def run(table: str) -> None:
-        try:
-            answers.put((table, find(cascade, table, models=models, offline=offline), None))
-        except Exception as error:
-            answers.put((table, None, error))
-
-    for table in COMPONENTS:  # no pool of threads: Ctrl-C would wait for them
-        threading.Thread(target=run, args=(table,), daemon=True).start()
-    told = {table: (model, error) for table, model, error in (answers.get() for _ in COMPONENTS)}
-    for table in COMPONENTS:
-        if told[table][1] is not None:
-            raise told[table][1]
-    return [told[table][0] for table in COMPONENTS]
+    look = functools.partial(find, cascade, models=models, offline=offline)
+    looks = [in_background(functools.partial(look, table)) for table in COMPONENTS]
+    return [each.result() for each in looks]
 
 
 def find(
@@ -226,13 +215,12 @@ def find(
             "Leave that out once, with a connection, to fetch it, or choose a cascade that is here: --cascade mini.",
         )
     try:
+        kept_token()  # which the question to the hub takes with it
         return _at_hub(source, revision, table, weights, patient and not here)
     except Exception as error:
         if here:  # the hub is out of reach, or refuses
             return here
-        if isinstance(error, Show1Error):
-            raise
-        raise explain(error, f"the model {source} of [{table}]", source) from error
+        raise _explained(error, f"the model {source} of [{table}]", source) from error
 
 
 def weights_in(folder: Path, table: str, component: str, variant: str | None) -> WeightFiles:
@@ -513,8 +501,8 @@ def _link(file: File) -> None:
 def _note_commit(repository: str, revision: str | None, commit: str) -> None:
     """Have the cache know which commit a branch or tag is at, for when the hub cannot be asked."""
     ref = _cache(repository) / "refs" / (revision or constants.DEFAULT_REVISION)
-    if revision != commit and not (ref.is_file() and ref.read_text() == commit):
-        with contextlib.suppress(OSError):  # all else is here, in a cache that is only to be read
+    with contextlib.suppress(OSError):  # all else is here, beside notes that are another user's, or on a full disk
+        if revision != commit and not (ref.is_file() and ref.read_text() == commit):
             ref.parent.mkdir(parents=True, exist_ok=True)
             ref.write_text(commit)
 

@@ -33,7 +33,7 @@ from PIL import Image
 from show_1 import video
 from show_1.cascade import MAX_PROMPT, STAGES, Cascade, leave_out_schedule
 from show_1.engine import Engine, told
-from show_1.errors import Show1Error
+from show_1.errors import Show1Error, memory_is_full
 from show_1.pipeline import (
     Clip,
     Event,
@@ -348,17 +348,21 @@ class Jobs:
     # ------------------------------------------------------------------------------------------------------- the work
 
     def _work(self, line: Line, head_start: float) -> None:
+        fault = ""
         if line.engine is self.engine:
             with self._changed:
                 self._changed.wait_for(lambda: self._closing or self._queue(line), head_start)
-            self._prepare(line)
+            fault = self._prepare(line)
+            if not self._queue(line):
+                fault = ""  # who comes later may have better luck
         while True:
             with self._changed:
                 while not self._closing and not self._queue(line):
                     self._changed.wait()
                 if self._closing:
                     return
-            fault = self._prepare(line) if line.engine.pipeline is None else ""
+            if line.engine.pipeline is None and not fault:
+                fault = self._prepare(line)
             with self._changed:
                 if self._closing:
                     return
@@ -373,6 +377,7 @@ class Jobs:
             try:
                 self._run(job, line.engine, fault)
             finally:
+                fault = ""
                 with self._changed:
                     line.running = None
                     for next_job in self._queue(line):
@@ -408,15 +413,18 @@ class Jobs:
                 if job.wish and not isinstance(event, Video):
                     break
             events.close()
-            if job.settings is None and self._closing and not job.wish:
-                self._put_back(job)
-            elif job.settings is None and job.wish == "cancel":
+            if job.wish == "cancel":
+                if job.settings is not None:  # the wish came while the video was written
+                    (self.folder / job.file).unlink(missing_ok=True)
+                    job.settings = None
                 self._end(job, CANCELLED, started)
-            elif job.settings is None:
+            elif job.settings is not None:
+                self._end(job, DONE, started)
+            elif job.wish:
                 self._keep_clip(job, pipeline)
                 self._end(job, STOPPED, started)
             else:
-                self._end(job, DONE, started)
+                self._put_back(job)
         except Exception as error:
             job.fault = told(error, "Making this video")
             log.error("A video failed: %s", job.fault, exc_info=not isinstance(error, Show1Error))
@@ -465,7 +473,12 @@ class Jobs:
         now = time.monotonic()
         if now - job.previewed < PREVIEW_PAUSE or now - job.watched > WATCHED:
             return
-        job.preview, job.previewed = preview(draw()), now
+        try:
+            job.preview, job.previewed = preview(draw()), now
+        except Exception as error:
+            if not memory_is_full(error):
+                raise
+            job.previewed = now  # the video itself may still find room
 
     def _write_clip(self, job: Job, stage: str, frames: np.ndarray) -> None:
         """Keep a stage's clip, for looking at. Where that fails the video can still be made, so it is only told."""
@@ -489,6 +502,8 @@ class Jobs:
 
     def _keep_clip(self, job: Job, pipeline: Show1Pipeline) -> None:
         """Make the last clip the result."""
+        with video.writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)  # it may have been removed since
         stage, frames = job.last_clip
         settings = pipeline.settings(job.prompt, job.seed) | {"stopped_after": stage}
         video.write(self.folder / job.file, *clip_frames(stage, frames, job.cascade), settings)
@@ -559,7 +574,7 @@ class Jobs:
         line = self._line(job.preset)
         own = [other for other in self._jobs.values() if other.taker == job.taker and self._line(other.preset) is line]
         # Those that had their turn count, too: who asks again each time would else always go before who has two.
-        taken = [other.turn + 1 for other in own if not other.ended or (other.tries and other.cascade)]
+        taken = [max(other.turn, 0) + 1 for other in own if not other.ended or (other.tries and other.cascade)]
         job.turn = max([line.turn, *taken])
 
     def _total(self, line: Line, jobs: list[Job]) -> float | None:
@@ -652,6 +667,8 @@ class Jobs:
             job.cascade = self.changed_cascade(job.preset, job.changes)
         except Show1Error as error:
             job.state, job.fault = FAILED, str(error).strip()
+            if job.preset not in self.presets:
+                return  # not for good: the server may be started with its cascade again
         else:
             had_turn = job.state == RUNNING or job.turn < 0
             job.state, job.clips, job.notices = WAITING, {}, []

@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from show_1 import hub, placement
 from show_1.cascade import Cascade
-from show_1.errors import Show1Error, first_line
+from show_1.errors import Show1Error, first_line, memory_is_full
 from show_1.models import UNet3DConditionModel
 from show_1.stages import InterpolationPipeline, KeyframesPipeline, LatentUpscalePipeline, PixelUpscalePipeline
 from show_1.stages.denoise import Stage
@@ -36,7 +36,7 @@ from show_1.text import TOKENS
 
 Folders = Mapping[str, Path]  # where the model of each table is, as `hub.fetch` returns it
 # What the system says of files that are in order; libraries say others of those that are cut short.
-UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE)
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SCHEDULERS = {each.__name__: each for each in (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler)}
 
@@ -51,7 +51,8 @@ class Repository:
     def model(self, model_class: type, component: str) -> torch.nn.Module:
         """Return a component with its weights, in evaluation mode, on the CPU.
 
-        Raises Show1Error for damaged files and where not every key and shape of the files and the model match.
+        Raises Show1Error for damaged files and where not every key and shape of the files and the model match, and what
+        `memory_is_full` knows where the computer's memory is.
         """
         weights = hub.weights_in(self.folder, self.table, component, self.variant)
         dtype_name = "dtype" if issubclass(model_class, (T5EncoderModel, CLIPTextModel)) else "torch_dtype"
@@ -67,10 +68,10 @@ class Repository:
                 )
             _check_numbers(model)
         except Exception as error:  # whatever a damaged file makes the libraries raise
-            if placement.memory_is_full(error):
+            if memory_is_full(error):
                 raise
             raise self._damaged(component, weights, error) from error
-        # Of shards diffusers believes their index: what they lack is still without numbers.
+        # Of shards diffusers believes their index: what they lack is still without numbers, as what does not fit is.
         info["lacking_keys"] = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
         for fault in ("missing_keys", "unexpected_keys", "mismatched_keys", "lacking_keys"):
             for key in sorted(info[fault], key=str):
@@ -112,7 +113,9 @@ class Repository:
             return tokenizer
         except Exception as error:
             # The library's own words mislead: of a spiece.model cut short it says to install tiktoken.
-            raise self._bad_config("tokenizer", "a file there is damaged or cut short") from error
+            unread = isinstance(error, OSError) and error.errno in UNREADABLE
+            why = os.strerror(error.errno) if unread else "a file there is damaged or cut short"
+            raise self._bad_config("tokenizer", why) from error
 
     def _files(self, component: str, weights: hub.WeightFiles) -> str:
         return ", ".join(str(self.folder / component / name) for name in weights.names if not name.endswith(".json"))
@@ -244,7 +247,7 @@ def _configured(component: Any) -> dict[str, Any]:
 
 
 def _check_numbers(model: torch.nn.Module) -> None:
-    """Raise ValueError for a text where a configuration has a number, which the libraries meet in mid-video."""
+    """Raise ValueError where a configuration of diffusers has a text for a number, which it meets in mid-video."""
     for each in type(model).__mro__:
         for name, parameter in inspect.signature(each.__init__).parameters.items():
             value = getattr(model.config, name, None)

@@ -21,7 +21,7 @@ from accelerate.hooks import UserCpuOffloadHook
 import show_1
 from show_1 import hub, loading, placement, video
 from show_1.cascade import Cascade, is_text
-from show_1.errors import Show1Error, first_line
+from show_1.errors import Show1Error, first_line, telling_full_memory
 from show_1.models import frame_multiple, try_kernels
 from show_1.stages import (
     InterpolationPipeline,
@@ -64,8 +64,9 @@ class StageStart:
 class StepDone:
     """Step number `step` of `steps` is done.
 
-    `preview()`, to be asked before the next step, draws the stage's present estimate of its result (of the latent
-    upscale's, one frame): (frames, height, width, 3) uint8. Of several prompts it shows the first.
+    `preview()`, to be asked before the next step, draws the stage's present estimate of its result (of the pixel
+    upscale's, the frames at work; of the latent upscale's, one): (frames, height, width, 3) uint8. Of several prompts
+    it shows the first.
     """
 
     stage: str
@@ -79,7 +80,7 @@ class Clip:
     """What a stage has made: (prompts, 3, frames, height, width), about [−1, 1]; the first frame without the frames."""
 
     stage: str
-    tensor: torch.Tensor
+    tensor: torch.Tensor = field(repr=False)
 
     @property
     def frames(self) -> np.ndarray:
@@ -95,9 +96,9 @@ class Video:
     (1, 77, features), keyframes, interpolated, first_frame, pixel_upscaled and video, about [−1, 1].
     """
 
-    frames: np.ndarray
+    frames: np.ndarray = field(repr=False)
     settings: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor] = field(repr=False)
 
 
 Event = Notice | StageStart | StepDone | Pause | Clip | Video
@@ -145,14 +146,16 @@ class Show1Pipeline:
         `dtype` is that of all models and their noise (`placement.dtype_of` tells an exception; the first frame's steps
         draw in float32). What sits on the device follows from its free memory, or from `memory` ("12GB"). `models`,
         `offline` and `report` are those of `hub.fetch`: a folder to take the models from, no network, and what to call
-        with the fetching's Progress.
-        `on_load` is called once, when all is here and the loading begins, with the bytes of the weights.
+        with the fetching's Progress. `on_load` is called once, when all is here and the loading begins, with the bytes
+        of the weights. On a CPU the whole process keeps freed memory from then on, see `placement.keep_freed_memory`.
 
         Raises Show1Error for a cascade, model, device, dtype or memory that will not do.
         """
         device = check_device(device)
-        dtype = dtype or default_dtype(device)
+        dtype = default_dtype(device) if dtype is None else dtype
         _check_dtype(device, dtype)
+        if models is not None and not isinstance(models, str | Path):
+            raise Show1Error(f"The folder of models cannot be {models!r}.", "Give its name, as a text or a Path.")
         cascade = name_or_file
         if not isinstance(cascade, Cascade):
             cascade = Cascade.load(cascade or default_cascade(device))
@@ -165,7 +168,7 @@ class Show1Pipeline:
         placement.check_loading(cascade, device, weights)
         if on_load is not None:
             on_load(weights)
-        with placement.telling_full_memory("Loading the models"):
+        with telling_full_memory("Loading the models"):
             stages = loading.load_stages(cascade, folders, dtype)
             pipeline = cls(cascade, *stages)
             pipeline.weights = loading.fingerprint(stages)
@@ -175,8 +178,13 @@ class Show1Pipeline:
     def with_cascade(self, cascade: Cascade) -> "Show1Pipeline":
         """Return a pipeline of the same models with other settings, such as steps.
 
-        Raises Show1Error for those that the models or their schedulers cannot do.
+        Raises Show1Error for those that the models or their schedulers cannot do, and for a cascade of other models.
         """
+        if cascade.models() != self.cascade.models():
+            raise Show1Error(
+                f"{cascade.name} has other models than {self.cascade.name}.",
+                "Load them: Show1Pipeline.from_cascade.",
+            )
         other = Show1Pipeline(cascade, self.keyframes, self.interpolation, self.pixel_upscale, self.latent_upscale)
         other.weights, other.offload_hooks = self.weights, self.offload_hooks
         other.prompts_at_once = self.prompts_at_once
@@ -203,11 +211,11 @@ class Show1Pipeline:
         """Yield what happens as it happens: stage starts, steps, pauses, each stage's clip, at last the Video.
 
         Several prompts run through the stages as one batch, as many at once as the memory allows, and a Video of each
-        comes at the end: the frames, to rounding, that it would be alone. They take a seed and a path each, or one seed
-        for all.
+        comes at the end of its batch: the frames, to rounding, that it would be alone. They take a seed and a path
+        each, or one seed for all.
 
         To cancel, stop asking: nothing has been written until the Video comes. The same prompt, seed and cascade give
-        the same frames on the same device and dtype; without a seed one is drawn, and told in the settings.
+        the same frames on the same device and dtype; without a seed one is drawn for each, and told in the settings.
 
         Raises Show1Error at once for a blank prompt, a seed beyond 0…2^53 − 1, a path that cannot be written to, and
         where prompts, seeds and paths are not as many; later where the GPU's memory is full or the disk is.
@@ -215,7 +223,7 @@ class Show1Pipeline:
         return self._batches(_requests(prompt, seed, path))
 
     def _batches(self, requests: list["Request"]) -> Iterator[Event]:
-        with placement.telling_full_memory("Making a video"):
+        with telling_full_memory("Making a video"):
             for start in range(0, len(requests), self.prompts_at_once):
                 yield from self._stream(requests[start : start + self.prompts_at_once])
 
@@ -237,9 +245,13 @@ class Show1Pipeline:
                 try:
                     step = next(stream)
                 except StopIteration as end:
-                    if not torch.stack(end.value.aminmax()).isfinite().all():  # both are NaN where one value is
+                    extremes = torch.stack(end.value.flatten(1).aminmax(dim=1))  # both are NaN where one value is
+                    faults = [
+                        prompt for prompt, good in zip(prompts, extremes.isfinite().all(0), strict=True) if not good
+                    ]
+                    if faults:
                         raise Show1Error(
-                            f"The {stage.replace('_', ' ')} came to values that are no numbers.",
+                            f"The {stage.replace('_', ' ')} of {faults[0][:60]!r} came to values that are no numbers.",
                             "Fetch its model anew, or compute in bfloat16 or float32, where large numbers have room.",
                         ) from None
                     yield Clip(stage, end.value)
@@ -295,7 +307,7 @@ class Show1Pipeline:
                 # The seconds stay out of the file: the same video is the same bytes.
                 video.write(request.path, frames, cascade.fps, told)
             told |= {"seconds": round(time.monotonic() - started, 1)}
-            yield Video(frames, told, {name: tensor[n : n + 1].cpu() for name, tensor in tensors.items()})
+            yield Video(frames, told, {name: _alone(tensor, n) for name, tensor in tensors.items()})
 
     def _notices(self, prompt: str) -> Iterator[Notice]:
         if unknown := self.cascade.unknown_words(prompt):
@@ -442,6 +454,11 @@ class Request:
     path: Path | None
 
 
+def _alone(batch: torch.Tensor, row: int) -> torch.Tensor:
+    """Return a row of a batch, (1, …), on the CPU and in memory of its own."""
+    return batch[row : row + 1].cpu().clone(memory_format=torch.contiguous_format)
+
+
 def _inputs(channels: int, text: int, noise_level: bool) -> str:
     return f"{channels} channels, text {text} wide, and {'a' if noise_level else 'no'} noise level"
 
@@ -454,8 +471,8 @@ def _requests(
     prompts = listed(prompt) if isinstance(prompt, Iterable) else [prompt]  # what is neither is refused below
     if not prompts:
         raise Show1Error("There is no prompt.", "Give one, or a list of at least one.")
-    seeds = list(seed) if isinstance(seed, Sequence) else [draw_seed() if seed is None else seed] * len(prompts)
-    seeds = [draw_seed() if one is None else one for one in seeds]
+    seeds = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed] * len(prompts)
+    seeds = [draw_seed() if one is None else int(one) if isinstance(one, np.integer) else one for one in seeds]
     several = isinstance(path, Iterable) and not isinstance(path, str | Path)
     paths = list(path) if several else [path] * len(prompts) if path is None else [path]
     for what, values in (("seeds", seeds), ("paths", paths)):
@@ -524,13 +541,14 @@ def default_dtype(device: torch.device) -> torch.dtype:
 def check_device(device: str | torch.device | None) -> torch.device:
     """Return the device, by default the CUDA device where there is one; raise Show1Error if it is not here."""
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
-        torch.zeros(1, device=device).item()  # of the device "meta" there is nothing to read
+        with telling_full_memory("Starting on the device"):
+            torch.zeros(1, device=device).item()  # of the device "meta" there is nothing to read
     except (RuntimeError, AssertionError, ImportError, TypeError) as error:
         raise Show1Error(
-            f"There is no device {str(device)!r} here: {str(error).splitlines()[0].rstrip('.')}.",
+            f"There is no device {str(device)!r} here: {first_line(error)}.",
             "Leave the device out to use what there is, or say cpu.",
         ) from None
     return device
@@ -538,19 +556,21 @@ def check_device(device: str | torch.device | None) -> torch.device:
 
 def _check_dtype(device: torch.device, dtype: torch.dtype) -> None:
     """Try what the models do in this dtype; not every processor can in half precision."""
+    if not isinstance(dtype, torch.dtype):
+        raise Show1Error(f"The dtype cannot be {dtype!r}.", "Give one of torch's, as torch.float32.")
     try:
-        x = torch.ones(1, 32, 4, 4, dtype=dtype, device=device)
-        torch.nn.GroupNorm(4, 32, device=device, dtype=dtype)(x)
-        torch.nn.Conv2d(32, 32, 3, device=device, dtype=dtype)(x)
-        torch.nn.Conv3d(32, 32, (3, 1, 1), device=device, dtype=dtype)(x[:, :, :, None])
-        tokens = x.flatten(2).transpose(1, 2)
-        torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
-        torch.nn.functional.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=True)
-        torch.nn.functional.interpolate(x[:, :, None], scale_factor=2.0, mode="trilinear", align_corners=True)
-        torch.randn(4, dtype=dtype)
+        with telling_full_memory("Starting on the device"):
+            x = torch.ones(1, 32, 4, 4, dtype=dtype, device=device)
+            torch.nn.GroupNorm(4, 32, device=device, dtype=dtype)(x)
+            torch.nn.Conv2d(32, 32, 3, device=device, dtype=dtype)(x)
+            torch.nn.Conv3d(32, 32, (3, 1, 1), device=device, dtype=dtype)(x[:, :, :, None])
+            tokens = x.flatten(2).transpose(1, 2)
+            torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+            torch.nn.functional.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=True)
+            torch.nn.functional.interpolate(x[:, :, None], scale_factor=2.0, mode="trilinear", align_corners=True)
+            torch.randn(4, dtype=dtype)
     except (RuntimeError, TypeError) as error:
         raise Show1Error(
-            f"This {device.type} device cannot compute in {str(dtype).removeprefix('torch.')}: "
-            f"{str(error).splitlines()[0].rstrip('.')}.",
+            f"This {device.type} device cannot compute in {str(dtype).removeprefix('torch.')}: {first_line(error)}.",
             "Choose another dtype, as float32.",
         ) from None

@@ -4,12 +4,12 @@ Every tier gives the same frames, to rounding: what does not fit waits in the co
 diffusers' hooks move it), and what is computed at once is computed in parts.
 """
 
-import contextlib
 import ctypes
+import gc
 import math
 import platform
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,36 +103,12 @@ def choose(cascade: Cascade, device: torch.device, weights: int, memory: str | N
 def check_loading(cascade: Cascade, device: torch.device, weights: int) -> None:
     """Raise Show1Error where the computer's own memory does not hold the models, which go to a GPU from there."""
     memory = psutil.virtual_memory().available + psutil.swap_memory().free
-    if device.type == "cuda" and memory < weights:
+    if device.type not in ("cpu", "mps") and memory < weights:
         raise Show1Error(
             f"The computer's own memory has {hub.gigabytes(memory)} free, and {cascade.name} needs "
             f"{hub.gigabytes(weights)} of it.",
             "Close other programs, take a computer with more, or the cascade mini.",
         )
-
-
-def memory_is_full(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(words in str(error) for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
-    )
-
-
-@contextlib.contextmanager
-def telling_full_memory(what: str) -> Iterator[None]:
-    """Raise Show1Error where the memory is full while `what` is done."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not memory_is_full(error):
-            raise
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # PyTorch's words on a CPU
-            place, remedy = "this computer", "or take smaller frames, or a smaller cascade"
-        else:
-            place, remedy = "the GPU", "allow less of it (--memory, or memory=), or take a smaller cascade"
-        raise Show1Error(
-            f"{what} failed: the memory of {place} is full.", f"Close what else uses it, {remedy}."
-        ) from error
 
 
 def place(pipeline: "Show1Pipeline", tier: Tier, device: torch.device) -> None:
@@ -260,6 +236,8 @@ def device_memory(device: torch.device) -> tuple[int, int]:
     if device.type == "cpu":
         memory = psutil.virtual_memory()
         return memory.available, memory.total
+    gc.collect()  # pipelines that nobody has any more: their hooks know them, as they know their hooks
+    torch.get_device_module(device).empty_cache()  # which else counts as used
     return torch.get_device_module(device).mem_get_info(device)
 
 

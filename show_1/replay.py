@@ -26,6 +26,7 @@ from show_1.pipeline import (
     default_dtype,
     versions,
 )
+from show_1.terminal import DownloadBar
 
 MODEL = ("model", "revision", "variant")  # the keys of a table that say which weights it has
 
@@ -103,7 +104,9 @@ def _replay(arguments: argparse.Namespace) -> int:
     device = _device(settings, arguments.device)
     dtype = getattr(torch, settings["dtype"], None)
     print(f"{cascade.name} on {device.type}: loading", file=sys.stderr)
-    pipeline = Show1Pipeline.from_cascade(cascade, device, dtype if isinstance(dtype, torch.dtype) else None)
+    with DownloadBar() as bar:
+        dtype = dtype if isinstance(dtype, torch.dtype) else None
+        pipeline = Show1Pipeline.from_cascade(cascade, device, dtype, report=bar)
 
     frames, fps = _frames(pipeline, settings)
     told = pipeline.settings(settings["prompt"], settings["seed"])

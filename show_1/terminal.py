@@ -27,6 +27,8 @@ class DownloadBar:
 
     def __call__(self, progress: Progress) -> None:
         if self._bar is None:
+            if progress.done == progress.total:
+                return
             # Its own `initial`: what an earlier run has fetched says nothing of the speed.
             self._bar = tqdm(
                 total=progress.total, initial=progress.done, desc="fetching models", unit="B", unit_scale=True
@@ -34,6 +36,7 @@ class DownloadBar:
         self._bar.update(progress.done - self._bar.n)
         if progress.done == progress.total:
             self._bar.close()
+            self._bar = None  # what is found damaged then comes anew
 
 
 def draw(events: Iterator[Event]) -> Video:

@@ -203,10 +203,14 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _run_ffmpeg(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess:
-    """Run ffmpeg to its end. It dies with us: `subprocess.run` kills it on any exception, a Ctrl-C too."""
+    """Run ffmpeg to its end.
+
+    A Ctrl-C in the terminal is for us alone: the server ends only after what it writes. `subprocess.run` kills ffmpeg
+    where the exception that it is here comes out.
+    """
     try:
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-loglevel", "error", *arguments]
-        return subprocess.run(command, input=stdin, capture_output=True)
+        return subprocess.run(command, input=stdin, capture_output=True, start_new_session=True)
     except (OSError, RuntimeError) as error:
         raise Show1Error(f"ffmpeg cannot be run: {error}.", REINSTALL) from None
 

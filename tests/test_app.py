@@ -524,7 +524,8 @@ def test_a_tool_for_assistants(app):
         ):
             await session.initialize()
             tools = (await session.list_tools()).tools
-            result = await session.call_tool(tools[0].name, {"prompt": "a cat", "seed": "7"}, progress_callback=note)
+            asked = {"prompt": "a cat", "seed": 7, "settings": None, "preset": None}
+            result = await session.call_tool(tools[0].name, asked, progress_callback=note)
             return tools, result, told
 
     before = app.videos()
@@ -536,6 +537,7 @@ def test_a_tool_for_assistants(app):
     url = re.search(r"http://127\S+\.mp4", " ".join(part.text for part in result.content))[0]
     (file,) = app.videos() - before
     assert urlopen(url).read() == file.read_bytes()
+    assert f"{app.outputs}/jobs/" in url  # no copy that is gone with the server
 
 
 @pytest.mark.parametrize("note", [None, AsyncMock()])  # without progress and with it

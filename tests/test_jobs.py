@@ -167,6 +167,18 @@ def test_a_preset_that_is_gone_is_told(tiny_cascade, tmp_path):
     (jobs.place(job) / "job.json").write_text(json.dumps(record | {"preset": "show-1"}))
     after = Jobs(Cascade.load(tiny_cascade), CPU, tmp_path, 12).get(job.id)
     assert (after.state, after.fault[:34]) == (FAILED, "There is no preset 'show-1' here. ")
+    assert json.loads((jobs.place(job) / "job.json").read_text())["state"] == WAITING  # for when it is here again
+
+
+def test_a_restart_in_mid_job_takes_nobodys_turn(tiny_cascade, tmp_path):
+    jobs = Jobs(Cascade.load(tiny_cascade), CPU, tmp_path, 12)  # not started: all wait
+    mine = [jobs.submit("me", "a cat") for _ in range(3)]
+    yours = [jobs.submit("you", "a cat") for _ in range(3)]
+    mine[0].state, mine[0].tries = RUNNING, 1
+    jobs._save(mine[0])
+    again = Jobs(Cascade.load(tiny_cascade), CPU, tmp_path, 12)
+    turns = [job for pair in zip(mine, yours, strict=True) for job in pair]
+    assert [len(again.ahead(again.get(job.id))) for job in turns] == list(range(6))
 
 
 def test_presets_are_the_cascades_of_the_same_models_and_mini(tiny_cascade, one_step_cascade, tmp_path):
@@ -251,6 +263,23 @@ def test_the_next_job_is_a_step_and_a_second_behind_a_cancel(jobs):
         return seconds - step
 
     assert any(seconds_beside_a_step() < 1 for _ in range(3))  # thrice, where others hold it up
+
+
+def test_a_cancel_while_the_video_is_written_leaves_none(jobs, monkeypatch):
+    write = video.write
+
+    def cancelled_meanwhile(path, *rest, **options):
+        write(path, *rest, **options)
+        for job in jobs.of("me"):
+            if path == jobs.folder / job.file:
+                jobs.cancel("me", job)
+
+    monkeypatch.setattr(video, "write", cancelled_meanwhile)
+    job = jobs.submit("me", "a cat")
+    until(lambda: job.ended)
+    assert (job.state, job.settings, jobs.result(job)) == (CANCELLED, None, None)
+    until(lambda: [file.name for file in jobs.place(job).iterdir()] == ["job.json"])
+    assert list(jobs.folder.glob("*.mp4")) == []
 
 
 def test_stop_keeps_the_last_clip_as_the_result(jobs):
@@ -403,6 +432,12 @@ def test_the_output_folder_may_go_and_come(one_step_cascade, tmp_path):
         shutil.rmtree(tmp_path / "outputs")
         until(lambda: second.ended)
         assert second.state == DONE and jobs.result(second), second.fault
+        third = jobs.submit("me", "a fox", None, {"first_frame": {"steps": 900}})
+        until(lambda: third.step and "interpolation" in third.clips)
+        shutil.rmtree(tmp_path / "outputs")
+        jobs.stop("me", third)
+        until(lambda: third.ended)
+        assert third.state == STOPPED and jobs.result(third), third.fault
 
 
 @pytest.fixture
@@ -442,11 +477,17 @@ def test_a_full_disk_ends_a_job_with_a_sentence_and_leaves_nothing_half_written(
 
 
 def test_models_that_do_not_load_are_told_and_tried_again(one_step_cascade, tmp_path, monkeypatch):
-    real = Show1Pipeline.from_cascade
-    monkeypatch.setattr(
-        Show1Pipeline, "from_cascade", lambda *_, **__: (_ for _ in ()).throw(Show1Error("Gated.", "Log in."))
-    )
+    real, loads = Show1Pipeline.from_cascade, []
+
+    def refused(*_, **__):
+        loads.append(len(loads))
+        raise Show1Error("Gated.", "Log in.")
+
+    monkeypatch.setattr(Show1Pipeline, "from_cascade", refused)
+    waited = Jobs(Cascade.load(one_step_cascade), CPU, tmp_path, 12).submit("me", "an owl").id
     with jobs_in(tmp_path, one_step_cascade) as jobs:
+        until(lambda: jobs.get(waited).ended)
+        assert loads == [0]  # not again for the very job that it was for
         first = jobs.submit("me", "a cat")
         until(lambda: first.ended)
         assert (first.state, first.fault) == (FAILED, "Gated. Log in.")

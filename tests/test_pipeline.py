@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import show_1
 from show_1 import Cascade, Show1Error, Show1Pipeline, video
 from show_1.models import UNet3DConditionModel, channels_last
-from show_1.pipeline import MAX_SEED, Clip, Notice, Pause, StageStart, StepDone, Video, draw_seed
+from show_1.pipeline import MAX_SEED, Clip, Notice, Pause, StageStart, StepDone, Video, _requests, draw_seed
 from show_1.stages import InterpolationPipeline
 from show_1.stages.denoise import finish, try_steps, unfold
 from show_1.text import TextEmbeddings, dropped_words
@@ -218,6 +218,23 @@ def test_without_a_seed_one_is_drawn(pipeline):
     assert pipeline("a cat").settings["seed"] in range(2**31)
 
 
+def test_each_prompt_without_a_seed_gets_one_of_its_own():
+    alike = _requests(["a cat", "a cat"], None, None)
+    assert alike[0].seed != alike[1].seed
+    assert [request.seed for request in _requests(["a cat", "a dog"], np.int64(3), None)] == [3, 3]
+
+
+def test_prompts_without_seeds_for_all_are_refused(pipeline):
+    text = pipeline.keyframes.encode(["a cat", "a dog"])
+    with pytest.raises(ValueError, match="2 prompts want as many seeds"):
+        pipeline.keyframes(text, **pipeline.cascade.stream_settings("keyframes"), seed=1)
+
+
+def test_a_cascade_of_other_models_is_refused(pipeline):
+    with pytest.raises(Show1Error, match="Mini has other models than"):
+        pipeline.with_cascade(Cascade.load("mini"))
+
+
 def test_long_prompt_says_what_it_drops(pipeline):
     words = [f"word{n}" for n in range(40)]
     notices = [e for e in _until_first_step(pipeline, " ".join(words)) if isinstance(e, Notice)]
@@ -366,6 +383,7 @@ def test_a_stage_saves_and_loads_as_a_diffusers_pipeline(pipeline, result, tmp_p
         ({"seed": MAX_SEED + 1}, str(MAX_SEED)),
         ({"seed": 1.5}, "seed cannot be 1.5"),
         ({"seed": True}, "seed cannot be True"),
+        ({"seed": "42"}, "seed cannot be '42'"),
         ({"path": "nowhere/video.mp4"}, "nowhere"),
         ({"prompt": []}, "no prompt"),
         ({"prompt": ["a cat", ""]}, "prompt is empty"),
@@ -564,7 +582,7 @@ def test_a_stage_that_comes_to_no_numbers_is_told(pipeline, monkeypatch, tmp_pat
     bias = pipeline.interpolation.unet.conv_out.bias
     monkeypatch.setattr(bias, "data", torch.full_like(bias, value))
     clips = []
-    with pytest.raises(Show1Error, match="interpolation came to values that are no numbers"):
+    with pytest.raises(Show1Error, match=f"interpolation of {tiny.PROMPT!r} came to values that are no numbers"):
         for event in pipeline.stream(tiny.PROMPT, path=tmp_path / "video.mp4"):
             clips += [event.stage] if isinstance(event, Clip) else []
     assert clips == ["keyframes"]
@@ -580,3 +598,7 @@ def test_devices_and_dtypes_that_are_not_here(tiny_cascade):
             Show1Pipeline.from_cascade(tiny_cascade, device)
     with pytest.raises(Show1Error, match="cannot compute in int8"):
         Show1Pipeline.from_cascade(tiny_cascade, "cpu", torch.int8)
+    with pytest.raises(Show1Error, match="dtype cannot be 'float32'"):
+        Show1Pipeline.from_cascade(tiny_cascade, "cpu", "float32")
+    with pytest.raises(Show1Error, match="folder of models cannot be 5"):
+        Show1Pipeline.from_cascade(tiny_cascade, "cpu", models=5)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from show_1 import Cascade, Show1Error, Show1Pipeline, graphs, hub, loading, placement, video
+from show_1.errors import telling_full_memory
 from show_1.placement import GB, IN_PLACE, SHOW_1, TIERS
 from tests import tiny
 
@@ -147,9 +148,9 @@ def test_the_computers_own_memory_has_to_hold_what_goes_to_a_gpu(monkeypatch):
 )
 def test_full_memory_is_told(error, place):
     full = f"^Making it failed: the memory of {place} is full"
-    with pytest.raises(Show1Error, match=full), placement.telling_full_memory("Making it"):
+    with pytest.raises(Show1Error, match=full), telling_full_memory("Making it"):
         raise error
-    with pytest.raises(RuntimeError, match="kernel"), placement.telling_full_memory("Making it"):
+    with pytest.raises(RuntimeError, match="kernel"), telling_full_memory("Making it"):
         raise RuntimeError("a kernel died")
 
 
@@ -173,6 +174,7 @@ def _record(forward, inputs):
     return graphs.Recording(held, output, lambda: output["sample"].copy_(held[0][0] * factor))
 
 
+@torch.no_grad()
 def test_graphs_replay_from_the_third_call_of_a_kind(monkeypatch):
     monkeypatch.setattr(graphs, "record", _record)
     calls = []
@@ -183,8 +185,12 @@ def test_graphs_replay_from_the_third_call_of_a_kind(monkeypatch):
     graphed(torch.ones(3))
     graphed(torch.ones(2), deep=torch.ones(2))
     assert len(calls) == 4
+    with torch.enable_grad():  # which a replay would leave out
+        graphed(torch.ones(2))
+    assert len(calls) == 5
 
 
+@torch.no_grad()
 def test_weights_that_have_moved_are_recorded_anew(monkeypatch):
     monkeypatch.setattr(graphs, "record", _record)
     calls = []
@@ -197,6 +203,7 @@ def test_weights_that_have_moved_are_recorded_anew(monkeypatch):
     assert len(calls) == 4
 
 
+@torch.no_grad()
 def test_where_graphs_fail_it_goes_on_and_says_so_once(monkeypatch, caplog):
     def record(forward, inputs):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")

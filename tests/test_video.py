@@ -293,3 +293,30 @@ def test_interrupted_writing_leaves_nothing(tmp_path):
     writing.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in writing.communicate(timeout=30)[1]
     assert os.listdir(tmp_path) == []
+
+
+def test_a_ctrl_c_in_the_terminal_is_not_for_ffmpeg(tmp_path):
+    program = """
+import os, signal, threading, time
+import imageio_ffmpeg
+import numpy as np
+import psutil
+from show_1 import video
+
+imageio_ffmpeg.get_ffmpeg_exe()  # which runs one, too
+signal.signal(signal.SIGINT, lambda *_: interrupts.append(1))  # as a server that ends when it has written
+interrupts = []
+
+def interrupt():
+    while not psutil.Process().children():
+        time.sleep(0.001)
+    time.sleep(0.05)  # until it is ffmpeg, no longer a copy of this program
+    os.killpg(0, signal.SIGINT)
+
+threading.Thread(target=interrupt).start()
+video.write("video.mp4", np.random.default_rng(0).integers(256, size=(60, 160, 288, 3), dtype=np.uint8), 8, {})
+assert interrupts
+"""
+    where = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}}
+    subprocess.run([sys.executable, "-c", program], check=True, start_new_session=True, **where)
+    assert len(video.read_frames(tmp_path / "video.mp4")) == 60

@@ -65,8 +65,8 @@ def group_norm(
     batch, channels = x.shape[:2]
     pixels = x.numel() // (batch * channels)
     rows = min(pixels, max(1, AT_ONCE // channels))
-    parts = torch.empty(batch, -(-pixels // rows), 2, channels)
-    lines = torch.empty(batch, 2, channels)
+    parts = torch.empty(batch, -(-pixels // rows), 2, channels, dtype=torch.float32, device=x.device)
+    lines = torch.empty(batch, 2, channels, dtype=torch.float32, device=x.device)
     weight, bias = weight.to(dtype), bias.to(dtype)
     extra = [None if each is None else each.to(dtype).expand(batch, channels) for each in (scale, shift, added)]
     extra = [each if each is None or each.stride(1) == 1 else each.contiguous() for each in extra]
@@ -81,7 +81,7 @@ def group_norm(
 
 def gated_gelu(x: torch.Tensor) -> torch.Tensor:
     """Return the first half of the last dimension times the GELU of the second, computed in float32, in its type."""
-    y = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype)
+    y = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
     rows = x.numel() // x.shape[-1]
     _function("gated_gelu", x.dtype)(x.data_ptr(), y.data_ptr(), rows, y.shape[-1], torch.get_num_threads())
     return y
@@ -94,7 +94,7 @@ def short_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: in
     """
     sequences, frames, channels = q.shape
     strided = (part for each in (q, k, v) for part in (each.data_ptr(), *each.stride()[:2]))
-    y = torch.empty(q.shape, dtype=q.dtype)
+    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _function("short_attention", q.dtype)(
         *(*strided, y.data_ptr(), sequences, frames, heads, channels // heads, torch.get_num_threads())
     )

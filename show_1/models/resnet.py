@@ -91,7 +91,7 @@ def upsampled_conv(x: torch.Tensor, conv: nn.Conv2d) -> tuple[torch.Tensor, torc
     weight = torch.cat([phase for half in _halves(weight, 2) for phase in _halves(half, 3)]).to(dtype)
     weight = weight.contiguous(memory_format=torch.channels_last)
     bias = None if conv.bias is None else conv.bias.repeat(4)
-    made = torch.empty(rows, height, 2, width, 2, out, dtype=dtype)
+    made = torch.empty(rows, height, 2, width, 2, out, dtype=dtype, device=x.device)
     phases = F.conv2d(x, weight, bias, padding=1).permute(0, 2, 3, 1).unflatten(3, (2, 2, out))
     for down, right in itertools.product((0, 1), repeat=2):
         made[:, :, down, :, right] = phases[:, down : down + height, right : right + width, down, right]

@@ -5,6 +5,8 @@ import logging
 
 import torch
 
+from show_1.errors import memory_is_full
+
 log = logging.getLogger("show-1")
 
 # By device, what our kernels there compute, and of which types.
@@ -38,9 +40,9 @@ def attempt(name: str, x: torch.Tensor, *rest) -> torch.Tensor | None:
         module = importlib.import_module(f"show_1.models.{KERNELS[device][0]}")
         with torch.cuda.device_of(x):  # Triton's start on the current GPU, wherever their tensors are
             return getattr(module, name)(x, *rest)
-    except torch.OutOfMemoryError:
-        raise  # a moment's want of memory says nothing of the kernels, and what follows would want more
     except Exception as error:  # whatever the compilers, the driver and what calls them raise
+        if memory_is_full(error):
+            raise  # a moment's want of memory says nothing of the kernels, and what follows would want more
         failed.add(device)
         log.warning("Goes on without kernels of its own, slower: %s", str(error).partition("\n")[0])
         return None

@@ -135,14 +135,17 @@ def add_endpoint(jobs: Jobs) -> None:
 
     for word, names in (("PRESETS", jobs.presets), ("STAGES", STAGES)):  # an argument's description is one line
         show_1.__doc__ = show_1.__doc__.replace(word, ", ".join(names))
+    # Assistants are held to these by MCP, where many send null for what they leave out; Gradio's for JSON is no schema.
+    prompt, seed, preset = (gr.Textbox(label=label, visible=False) for label in ("Prompt", "Seed", "Preset"))
     changes = gr.JSON(label="Settings", visible=False)
-    changes.api_info = lambda: {"type": "object", "description": "changes to the stages"}  # Gradio's is no JSON schema
-    texts = [gr.Textbox(label=label, visible=False) for label in ("Prompt", "Seed", "Preset")]
-    for text in texts:
+    for given, kinds in ((seed, ("string", "integer")), (changes, ("object",)), (preset, ("string",))):
+        schema = {"anyOf": [{"type": kind} for kind in (*kinds, "null")]}
+        given.api_info = lambda schema=schema: schema
+    for text in (prompt, seed, preset):
         text.preprocess = lambda given: given  # Gradio would make a text of a list, and a prompt of that
     gr.Button(visible=False).click(
         show_1,
-        [*texts[:2], changes, texts[2]],
+        [prompt, seed, changes, preset],
         [
             gr.Video(label="Video", visible=False),
             gr.Textbox(label="Seed", visible=False),

@@ -114,7 +114,9 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
         if job and not job.ended:
             jobs.watch(job)
         news = _news(id, job)  # first: what comes while the parts are written will be news
-        parts = views.view(jobs, id, job, visitor) | {"banner": "".join(f"<p>{note}</p>" for note in notes)}
+        # In a thread: it looks at files, and a disk that does not answer is not to keep everybody waiting.
+        parts = await asyncio.to_thread(views.view, jobs, id, job, visitor)
+        parts |= {"banner": "".join(f"<p>{note}</p>" for note in notes)}
         told = {part: (zlib.crc32(repr(content).encode()), content) for part, content in parts.items()}
         return {"news": news, "parts": {part: new for part, new in told.items() if str(new[0]) != marks.get(part)}}
 

@@ -128,12 +128,13 @@ def _status(jobs: Jobs, id: str, job: Job | None) -> str:
 
 
 def _title(jobs: Jobs, job: Job | None) -> str:
-    if job is None or job.state == CANCELLED:
+    state = job.state if job else CANCELLED  # read once: it may change meanwhile
+    if state == CANCELLED:
         return "Show-1: text to video"
     about = short(" ".join(job.prompt.split()), 40)
-    if job.state == RUNNING:
+    if state == RUNNING:
         return f"{_percent(jobs.share(job))} · {about}"
-    return {WAITING: "Waiting", DONE: "✓ Done", STOPPED: "✓ Done", FAILED: "✕ Failed"}[job.state] + f" · {about}"
+    return {WAITING: "Waiting", DONE: "✓ Done", STOPPED: "✓ Done", FAILED: "✕ Failed"}[state] + f" · {about}"
 
 
 def _screen(jobs: Jobs, job: Job | None, result: Path | None) -> str:

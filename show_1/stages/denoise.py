@@ -65,7 +65,8 @@ class Stage(DiffusionPipeline):
         It is drawn on the CPU in the UNet's dtype, so that every device sees the same. `shared` is the share of the
         variance in [0, 1] that all frames of a clip have in common; they lie along axis `frames` of `shape`.
         """
-        rows = [torch.randn((1, *shape), generator=generator, dtype=self.unet.dtype) for generator in generators]
+        how = {"dtype": self.unet.dtype, "device": "cpu"}
+        rows = [torch.randn((1, *shape), generator=generator, **how) for generator in generators]
         noise = torch.cat(rows).to(self._execution_device)
         if shared:
             one = (*shape[:frames], 1, *shape[frames + 1 :])
@@ -167,7 +168,8 @@ def denoise(
     last of its own, by default all. In half precision only the UNet is: sample and scheduler, and so what is returned,
     are in float32. `guidance` is the scale of classifier-free guidance (Ho and Salimans, arXiv 2207.12598): 1 means
     none and costs half. `rows` is as in `Stage`. Where `text` is of several prompts, each has as many rows of `sample`,
-    in their order. What the scheduler draws for a row comes from its generator in `generators`.
+    in their order; ValueError where that cannot be. What the scheduler draws for a row comes from its generator in
+    `generators`.
 
     Two measures trade exactness for speed: guidance only at the timesteps from the first to the second of
     `guidance_interval` (arXiv 2404.07724); the UNet's deep features computed at every `reuse`-th step only and reused
@@ -223,6 +225,8 @@ class Prediction:
         rows: int | None,
     ):
         self.unet, self.reuse, self.rows, self.noise_level = unet, reuse or 1, rows, noise_level
+        if batch % len(text.prompt):
+            raise ValueError(f"{len(text.prompt)} prompts want as many seeds and clips, not {batch}")
         # Of a single prompt's states this repeats no memory, only what is seen.
         prompts = [
             states.expand(batch, -1, -1) if len(states) == 1 else states.repeat_interleave(batch // len(states), dim=0)
