@@ -90,8 +90,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         raise Show1Error("--mcp does not go with --auth: assistants cannot log in.", "Leave one of them out.")
     notes: list[str] = []
     lock = _lock(outputs)  # kept until the end
-    where = {"memory": arguments.memory, "models": arguments.models, "offline": arguments.offline}
-    jobs = Jobs(cascade, device, outputs, arguments.queue_size, **where)
+    where = arguments.memory, arguments.models, arguments.offline
+    jobs = Jobs(cascade, device, outputs, arguments.queue_size, *where)
     page = build(jobs, notes)
     gr.set_static_paths([outputs / "jobs"])  # what is served, and not copied; nothing else that the folder may hold
     _launch(
@@ -108,6 +108,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         prevent_thread_lock=True,
         **STYLE,
     )
+    page.share = False  # the link is there; Gradio's page for it would load its script from another server (6.31)
     jobs.start(head_start=3)  # not before: loading would keep the page from answering
     if arguments.share and not page.share_url:
         notes.append(

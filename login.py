@@ -22,9 +22,8 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from show_1 import access
-from show_1.cascade import Cascade
+from show_1.cascade import STAGES, Cascade
 from show_1.errors import Show1Error, exit_code, first_line
-from show_1.hub import COMPONENTS
 
 
 def main() -> int:
@@ -117,8 +116,8 @@ def _save(token: str) -> None:
 
 def _report(cascade: Cascade, token: str, account: access.Account) -> int:
     """Say of each model whether it can be had; return 0 if all can, else 2."""
-    sources = {table: cascade.model_source(table) for table in COMPONENTS}
-    needed = dict.fromkeys(source for source in sources.values() if isinstance(source, str))
+    sources = (cascade.model_source(table) for table in STAGES)
+    needed = dict.fromkeys(source for source in sources if isinstance(source, str))
     if not needed:
         print(f"{cascade.name} needs no model from the hub.")
     code = 0

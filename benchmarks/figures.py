@@ -3,8 +3,7 @@
 import json
 from pathlib import Path
 
-from show_1.timing import write_atomically
-from show_1.video import writing
+from show_1.files import write_atomically, writing
 
 
 def write_figures(file: Path | None, figures: dict) -> None:

@@ -116,12 +116,8 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) ->
 
 
 @torch.no_grad()
+@telling_full_memory("Timing the kernels")
 def _run() -> None:
-    with telling_full_memory("Timing the kernels"):
-        _time_all()
-
-
-def _time_all() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(torch.cuda.get_device_name() if device == "cuda" else "CPU", torch.__version__)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from show_1 import Show1Error, Show1Pipeline, hub, loading
-from show_1.cascade import BUNDLED, Cascade
+from show_1.cascade import BUNDLED, STAGES, Cascade
 from show_1.models import UNet3DConditionModel
 from show_1.placement import dtype_of
 from show_1.stages import InterpolationPipeline, KeyframesPipeline, LatentUpscalePipeline, PixelUpscalePipeline
@@ -27,7 +27,7 @@ def load(cascade: Cascade, device: torch.device, dtype: torch.dtype, random: boo
 
 
 def _random_pipeline(cascade: Cascade, device: torch.device, dtype: torch.dtype) -> Show1Pipeline:
-    for table in ("keyframes", "interpolation", "first_frame", "pixel_upscale", "latent_upscale"):
+    for table in STAGES:
         name = getattr(cascade, table).model.split("/")[-1]
         if not (CONFIGS / name).is_dir() or "/" not in getattr(cascade, table).model:
             raise Show1Error(

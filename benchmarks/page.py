@@ -26,7 +26,8 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from benchmarks.cascade import keeping
 from benchmarks.figures import write_figures
 from show_1 import Cascade, Show1Error
-from show_1.errors import check_outputs, exit_code
+from show_1.errors import exit_code
+from show_1.files import check_outputs
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "a panda jumping in the snow"

@@ -1,17 +1,14 @@
-#!/usr/bin/env python
-"""Make a video on the page and save pictures of it, wide and narrow: `python scripts/screenshot.py --help`."""
+"""Make a video on the page and save pictures of it, wide and narrow: `python -m scripts.screenshot --help`."""
 
 import argparse
-import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.page import ROOT, serve
+
 SIZES = {1280: 720, 390: 844}
 HOUR = 3600 * 1000  # milliseconds
 
@@ -26,15 +23,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
 
-    with tempfile.TemporaryDirectory() as outputs:
-        command = [sys.executable, "-u", ROOT / "app.py", "--cascade", arguments.cascade, "--output-dir", outputs]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        try:
-            url = next(found[0] for line in server.stdout if (found := re.search(r"http://127\S+", line)))
-            _take(url, arguments)
-        finally:
-            server.kill()
-            server.wait()
+    with tempfile.TemporaryDirectory() as outputs, serve(arguments.cascade, Path(outputs)) as url:
+        _take(url, arguments)
 
 
 def _take(url: str, arguments: argparse.Namespace) -> None:

@@ -182,7 +182,7 @@ def kept_token() -> str | None:
         ) from error
 
 
-def in_background(ask: Callable[[], T]) -> "Future[T]":
+def in_background(ask: Callable[[], T]) -> Future[T]:
     """Return what will hold what `ask` returns or raises; Python does not wait for it at its end, as it does a pool."""
     answer: Future[T] = Future()
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from show_1 import hosts
 from show_1.cascade import Cascade
 from show_1.errors import Show1Error, exit_code
+from show_1.files import writing
 from show_1.pipeline import (
     MAX_SEED,
     Show1Pipeline,
@@ -24,7 +25,7 @@ from show_1.pipeline import (
     draw_seed,
 )
 from show_1.terminal import DownloadBar, draw
-from show_1.video import slug, writing
+from show_1.video import slug
 
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 OUTPUTS = hosts.detect().outputs

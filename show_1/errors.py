@@ -6,7 +6,6 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 
 class Show1Error(Exception):
@@ -28,16 +27,6 @@ class Show1Error(Exception):
 def first_line(error: Exception) -> str:
     """Return what a library's error says, as part of a sentence; some say nothing but their name, some a page."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def check_outputs(*files: Path | None) -> None:
-    """Raise Show1Error for a file that cannot be written, before the work rather than after it."""
-    for file in filter(None, files):
-        places = [file] if file.exists() else []
-        if not places or file.is_file():  # a new one takes its place
-            places.append(Path(os.path.realpath(file)).parent)  # where resolve() would raise for a link to itself
-        if file.is_dir() or not all(os.access(place, os.W_OK) for place in places):
-            raise Show1Error(f"{file} cannot be written.", "Name a file in a folder that is there and yours.")
 
 
 def memory_is_full(error: Exception) -> bool:

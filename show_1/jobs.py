@@ -34,6 +34,7 @@ from show_1 import video
 from show_1.cascade import MAX_PROMPT, STAGES, Cascade, leave_out_schedule
 from show_1.engine import Engine, told
 from show_1.errors import Show1Error, memory_is_full
+from show_1.files import write_atomically, writing
 from show_1.pipeline import (
     Clip,
     Event,
@@ -47,7 +48,7 @@ from show_1.pipeline import (
     draw_seed,
 )
 from show_1.stages.interpolation import SEGMENT
-from show_1.timing import PHASES, Forecast, stage_steps, wait_for, write_atomically
+from show_1.timing import Forecast, wait_for
 
 WAITING, RUNNING, DONE, STOPPED, CANCELLED, FAILED = "waiting", "running", "done", "stopped", "cancelled", "failed"
 ENDED = (DONE, STOPPED, CANCELLED, FAILED)
@@ -77,6 +78,7 @@ class Job:
     called: bool = False  # by a program, which waits for it: gone with the server
     state: str = WAITING
     tries: int = 0  # how often it was begun
+    turn: int = 0  # lowest first, see `_give_turn`; -1: it had come already when the server ended
     created: float = field(default_factory=time.time)
     seconds: float | None = None  # that it took
     notices: list[str] = field(default_factory=list)
@@ -86,7 +88,6 @@ class Job:
 
     # While it lives:
     caller: str = ""  # the address of the program that called
-    turn: int = 0
     cascade: Cascade | None = None
     wish: str = ""  # "cancel" or "stop"
     stage: str = ""
@@ -259,17 +260,23 @@ class Jobs:
         job.watched = time.monotonic()
 
     def cancel(self, visitor: str, job: Job) -> None:
-        """End a job of this visitor's: at once while it waits, else within one denoising step."""
+        """End a job of this visitor's: at once while it waits, else within one step; Show1Error if it is another's."""
         self._wish(visitor, job, "cancel")
 
     def stop(self, visitor: str, job: Job) -> None:
-        """End a job of this visitor's within one denoising step, with its last clip as the result."""
+        """End a job of this visitor's within one denoising step, with its last clip as the result.
+
+        Raises Show1Error if it is somebody else's, or has no clip yet.
+        """
         if not job.ended and not job.can_stop:
             raise Show1Error("There is no clip yet to keep.", "Wait for the end of the first stage, or cancel.")
         self._wish(visitor, job, "stop")
 
     def changed_cascade(self, preset: str, changes: dict[str, dict[str, Any]]) -> Cascade:
-        """Return a preset with a job's changes; raise Show1Error for what is not here or cannot be changed, or so."""
+        """Return a preset with a job's changes.
+
+        Raises Show1Error for a preset that is not here, and for what cannot be changed, or not to that.
+        """
         if not isinstance(preset, str) or preset not in self.presets:
             raise Show1Error(
                 f"There is no preset {str(preset)[:60]!r} here.", f"Take one of {', '.join(self.presets)}."
@@ -309,9 +316,6 @@ class Jobs:
     def gif(self, job: Job) -> Path:
         """Return where the finished video's GIF is, or will be: a browser saves it by that name."""
         return self.place(job) / Path(job.file).with_suffix(".gif")
-
-    def engine_of(self, job: Job) -> Engine:
-        return self.engine_for(job.preset)
 
     def engine_for(self, preset: str) -> Engine:
         return self._line(preset).engine
@@ -485,11 +489,11 @@ class Jobs:
         if job.state == CANCELLED:
             return
         try:
-            with video.writing(self.place(job)):
+            with writing(self.place(job)):
                 self.place(job).mkdir(parents=True, exist_ok=True)  # it may have been removed since
             if stage == "first_frame":
                 name = "first_frame.png"
-                with video.writing(self.place(job) / name):
+                with writing(self.place(job) / name):
                     write_atomically(self.place(job) / name, _encoded(Image.fromarray(enlarge(frames)[0]), "PNG"))
             else:
                 name = f"{stage}.mp4"
@@ -502,7 +506,7 @@ class Jobs:
 
     def _keep_clip(self, job: Job, pipeline: Show1Pipeline) -> None:
         """Make the last clip the result."""
-        with video.writing(self.folder):
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)  # it may have been removed since
         stage, frames = job.last_clip
         settings = pipeline.settings(job.prompt, job.seed) | {"stopped_after": stage}
@@ -588,8 +592,7 @@ class Jobs:
                 total += math.nan if left is None else left
             else:
                 costs = line.engine.calibration.costs(job.cascade)
-                steps = dict.fromkeys(PHASES, 0) | stage_steps(job.cascade)
-                total += sum(costs[phase].total(steps[phase]) for phase in PHASES) if costs else math.nan
+                total += Forecast(job.cascade, costs, 0.0).total if costs else math.nan
         return None if math.isnan(total) else total
 
     def _check_room(self) -> None:

@@ -105,7 +105,10 @@ Event = Notice | StageStart | StepDone | Pause | Clip | Video
 
 
 class Show1Pipeline:
-    """The cascade of arXiv 2309.15818: four diffusers pipelines, one after the other."""
+    """The cascade of arXiv 2309.15818: four diffusers pipelines, one after the other.
+
+    Raises Show1Error where the cascade's settings, the models and their schedulers do not go together.
+    """
 
     def __init__(
         self,
@@ -218,7 +221,8 @@ class Show1Pipeline:
         the same frames on the same device and dtype; without a seed one is drawn for each, and told in the settings.
 
         Raises Show1Error at once for a blank prompt, a seed beyond 0…2^53 − 1, a path that cannot be written to, and
-        where prompts, seeds and paths are not as many; later where the GPU's memory is full or the disk is.
+        where prompts, seeds and paths are not as many; later where a memory or the disk is full, and where a stage
+        comes to values that are no numbers.
         """
         return self._batches(_requests(prompt, seed, path))
 
@@ -491,7 +495,7 @@ def _requests(
 
 
 def check_request(prompt: str, seed: int | None, path: str | Path | None) -> None:
-    """Raise Show1Error for a prompt that is blank or no text, a seed that is none, a path that cannot be written to."""
+    """Raise Show1Error for a prompt that is blank or no text, a seed beyond 0…2^53 − 1, a path not to be written to."""
     if not isinstance(prompt, str):
         raise Show1Error("The prompt is no text.", 'Say what the video should show, as in "a panda in the snow".')
     if not prompt.strip():

@@ -133,17 +133,15 @@ def _replay(arguments: argparse.Namespace) -> int:
 
 def _frames(pipeline: Show1Pipeline, settings: dict[str, Any]) -> tuple[np.ndarray, int]:
     """Make the video, or the clip that it was stopped at."""
-    bar = tqdm(unit="step")
-    for event in pipeline.stream(settings["prompt"], seed=settings["seed"]):
-        match event:
-            case StepDone():
-                bar.update()
-            case Clip(stage) if stage == settings.get("stopped_after"):
-                bar.close()
-                return clip_frames(stage, event.frames, pipeline.cascade)
-            case Video(frames):
-                bar.close()
-                return frames, pipeline.cascade.fps
+    with tqdm(unit="step") as bar:
+        for event in pipeline.stream(settings["prompt"], seed=settings["seed"]):
+            match event:
+                case StepDone():
+                    bar.update()
+                case Clip(stage) if stage == settings.get("stopped_after"):
+                    return clip_frames(stage, event.frames, pipeline.cascade)
+                case Video(frames):
+                    return frames, pipeline.cascade.fps
 
 
 def _local(settings: dict[str, Any], wanted: str | None, file: Path) -> Cascade:

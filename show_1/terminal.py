@@ -1,5 +1,6 @@
 """What the commands draw in the terminal, and a notebook below its cells."""
 
+import contextlib
 import sys
 from collections.abc import Iterator
 
@@ -41,15 +42,15 @@ class DownloadBar:
 
 def draw(events: Iterator[Event]) -> Video:
     """Draw a bar a stage, with steps and time left; return the result."""
-    bar = None
-    for event in events:
-        match event:
-            case Notice(message):
-                print(message, file=sys.stderr)
-            case StageStart(stage, steps):
-                bar = tqdm(total=steps, desc=f"{stage.replace('_', ' '):14}", unit="step")
-            case StepDone():
-                bar.update()
-            case Clip():
-                bar.close()
-    return event
+    with contextlib.ExitStack() as bars:  # a bar's line ends before anything is said of what broke it off
+        for event in events:
+            match event:
+                case Notice(message):
+                    print(message, file=sys.stderr)
+                case StageStart(stage, steps):
+                    bar = bars.enter_context(tqdm(total=steps, desc=f"{stage.replace('_', ' '):14}", unit="step"))
+                case StepDone():
+                    bar.update()
+                case Clip():
+                    bar.close()
+        return event

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from show_1.cascade import STAGES, Cascade
+from show_1.files import write_atomically
 from show_1.pipeline import Clip, Event, Show1Pipeline, StageStart, StepDone, Video
 from show_1.stages import window_starts
 from show_1.stages.interpolation import SEGMENT
@@ -261,16 +262,6 @@ def wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file so that, whatever happens, either the old or the new one is there, whole."""
-    part = file.with_name(f".{file.name}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _short(cascade: Cascade) -> Cascade:
     """Return the cascade with no more steps than show what one costs."""
     changes = {}
@@ -320,7 +311,8 @@ def _work(cascade: Cascade, phase: str) -> float:
 def _shares(cascade: Cascade, phase: str) -> list[float]:
     """Return what each step of a phase takes, relative to their mean: under guidance twice what it does without."""
     calls = _calls(cascade, phase)
-    return [number / fmean(calls) for number in calls]
+    mean = fmean(calls)
+    return [number / mean for number in calls]
 
 
 def _calls(cascade: Cascade, phase: str) -> list[int]:

@@ -8,8 +8,6 @@ import secrets
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import numpy as np
 import torch
 
 from show_1.errors import Show1Error
+from show_1.files import writing
 
 # Else it forks this process to start ffmpeg, and each page of the models' memory that is written next is a page fault.
 os.environ.setdefault("IMAGEIO_FFMPEG_NO_PREVENT_SIGINT", "1")
@@ -32,11 +31,6 @@ TAGGED_BT709 = "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709
 REINSTALL = (
     'Bring a working one with "pip install --force-reinstall imageio-ffmpeg", and leave IMAGEIO_FFMPEG_EXE unset.'
 )
-REMEDIES = {
-    errno.ENOENT: "Create the folder first, or choose another.",
-    errno.ENOSPC: "Free some space there, or choose a folder on another disk.",
-    errno.EDQUOT: "Free some space there, or choose a folder on another disk.",
-}
 
 
 def to_uint8(clip: torch.Tensor) -> np.ndarray:
@@ -62,7 +56,8 @@ def write(path: str | Path, frames: np.ndarray, fps: int, metadata: dict[str, An
     The same input gives the same bytes.
 
     Raises Show1Error for an odd height or width, a folder that is missing, full or not writable, and if ffmpeg fails;
-    and where `path` can no longer be written, but its folder can, as the video then has another name there.
+    and where `path` can no longer be written, but its folder can, as the video then has another name there. ValueError
+    for frames that are none, or not uint8.
     """
     path = Path(path)
     count, height, width, _ = frames.shape
@@ -90,12 +85,7 @@ def write(path: str | Path, frames: np.ndarray, fps: int, metadata: dict[str, An
             f"file:{video}",
             stdin=frames.tobytes(),
         )
-        if ended.returncode:
-            said = ended.stderr.decode(errors="replace").strip()
-            for full in (errno.ENOSPC, errno.EDQUOT):
-                if os.strerror(full) in said:
-                    raise OSError(full, os.strerror(full))
-            raise Show1Error(f"ffmpeg could not make {path.name}: {said}.", REINSTALL)
+        _check_made(ended, path)
         try:
             os.replace(video, path)
         except OSError as error:  # as where it has become a folder since: what took hours to make is not thrown away
@@ -154,8 +144,7 @@ def write_gif(path: str | Path, source: str | Path) -> None:
             *("-f", "mp4", "-i", f"file:{Path(source).absolute()}"),
             *("-vf", "split[a][b];[a]palettegen[palette];[b][palette]paletteuse", "-loop", "0", f"file:{gif}"),
         )
-        if ended.returncode:
-            raise Show1Error(f"ffmpeg could not make {path.name}: {ended.stderr.decode(errors='replace')}.", REINSTALL)
+        _check_made(ended, path)
         os.replace(gif, path)
 
 
@@ -190,18 +179,6 @@ def slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:48].strip("-") or "video"
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raise Show1Error for what the system has against writing a file there."""
-    try:
-        yield
-    except OSError as error:
-        raise Show1Error(
-            f"{path.name} cannot be written to the folder {path.parent.absolute()}: {os.strerror(error.errno)}.",
-            REMEDIES.get(error.errno, "Choose a folder and name that can be written to."),
-        ) from None
-
-
 def _run_ffmpeg(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess:
     """Run ffmpeg to its end.
 
@@ -213,6 +190,16 @@ def _run_ffmpeg(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProc
         return subprocess.run(command, input=stdin, capture_output=True, start_new_session=True)
     except (OSError, RuntimeError) as error:
         raise Show1Error(f"ffmpeg cannot be run: {error}.", REINSTALL) from None
+
+
+def _check_made(ended: subprocess.CompletedProcess, path: Path) -> None:
+    """Raise what kept ffmpeg from making a file: OSError where the disk is full, else Show1Error."""
+    if ended.returncode:
+        said = ended.stderr.decode(errors="replace").strip()
+        for full in (errno.ENOSPC, errno.EDQUOT):
+            if os.strerror(full) in said:
+                raise OSError(full, os.strerror(full))
+        raise Show1Error(f"ffmpeg could not make {path.name}: {said}.", REINSTALL)
 
 
 def _to_tags(metadata: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
-from tests.serving import CHROMIUM, CHROMIUM_FLAGS, MAIN, Server, serve
+from tests.serving import CHROMIUM, CHROMIUM_FLAGS, Server, serve
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the real hub
 
@@ -33,15 +33,6 @@ def app(one_step_cascade, tmp_path_factory) -> Iterator[Server]:
     with serve(one_step_cascade, tmp_path_factory.mktemp("app"), "--mcp") as server:
         yield server
         assert "Traceback" not in server.log.read_text()
-
-
-@pytest.fixture(scope="module")
-def main_app(request, tmp_path_factory) -> Iterator[Server]:
-    if MAIN == "tiny":
-        yield request.getfixturevalue("app")
-    else:
-        with serve(MAIN, tmp_path_factory.mktemp(MAIN)) as server:
-            yield server
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,6 @@ from urllib.request import urlopen
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
-MAIN = "tiny"  # the cascade of the first test: "tiny" for speed, or "mini", the default of people without a GPU
-SHAPES = {"tiny": (9, 18, 14), "mini": (29, 288, 160)}  # frames, width, height
-
 APP = Path(__file__).parents[1] / "app.py"
 STAGES = ["keyframes", "interpolation", "first frame", "pixel upscale", "latent upscale"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -56,7 +53,12 @@ class Server:
 
 @contextmanager
 def serve(
-    cascade: str | Path, folder: Path, *flags: str, environment: Mapping[str, str] = os.environ, port: int = 0
+    cascade: str | Path,
+    folder: Path,
+    *flags: str,
+    environment: Mapping[str, str] = os.environ,
+    port: int = 0,
+    program: Path = APP,
 ) -> Iterator[Server]:
     """Start the app, wait until it answers, kill it at the end; the same folder, and port, again is a restart."""
     with socket.create_server(("127.0.0.1", port)) as free:
@@ -70,7 +72,7 @@ def serve(
     outputs.mkdir(exist_ok=True)
     if calibration := measured.get(str(cascade)):  # by a server before this one: it is not what the others are about
         (outputs / "calibration.json").write_text(calibration)
-    command = [sys.executable, APP, "--cascade", cascade, "--device", "cpu", "--port", str(port), *flags]
+    command = [sys.executable, program, "--cascade", cascade, "--device", "cpu", "--port", str(port), *flags]
     with log.open("a") as file:
         process = subprocess.Popen(
             [*command, "--output-dir", outputs],

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from urllib.request import urlopen
 
 import filelock
 import pytest
@@ -204,3 +205,35 @@ for sys.argv in {starts!r}:
             problem, remedy = said.strip().splitlines()[-2:]
             assert word in problem, said
             assert remedy.endswith((".", "?", "PASSWORD")), said
+
+
+@needs_chromium
+def test_where_there_is_no_tunnel_the_page_says_so(one_step_cascade, tmp_path, browser):
+    environment = os.environ | {"HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
+    with serve(one_step_cascade, tmp_path, "--share", environment=environment) as server:
+        page = visit(browser, server)
+        expect(page.locator("#banner")).to_contain_text("There is no public link: the tunnel could not be made.")
+        expect(page.locator("#banner")).to_contain_text(server.url)
+        page.close()
+
+
+def test_a_public_link_loads_nothing_from_outside_either(one_step_cascade, tmp_path):
+    """Gradio has a page of its own for it, whose script is elsewhere."""
+    program = tmp_path / "app.py"
+    program.write_text(f"""
+import runpy, sys
+from gradio import networking
+
+networking.setup_tunnel = lambda **_: "https://made-up.gradio.live"
+sys.path.insert(0, {str(APP.parent)!r})
+runpy.run_path({str(APP)!r}, run_name="__main__")
+""")
+    with serve(one_step_cascade, tmp_path, "--share", program=program) as server:
+        wait = time.monotonic() + PATIENCE
+        while "https://made-up.gradio.live" not in server.log.read_text():
+            assert time.monotonic() < wait
+            time.sleep(0.1)
+        time.sleep(1)  # until it is told that the link is there
+        whole = urlopen(server.url).read().decode()
+        sources = re.findall(r"""(?:src|href)=["']?(https?://[^"'> ]+)""", whole)
+        assert "<script" in whole and [source for source in sources if not source.startswith(server.url)] == []

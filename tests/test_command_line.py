@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -60,6 +61,38 @@ def test_a_prompt_becomes_a_video(tiny_cascade, tmp_path):
     )
     comment = next(line for line in said.stdout.splitlines() if line.startswith("comment="))
     assert json.loads(comment.removeprefix("comment=").replace("\\", ""))["seed"] == tiny.SEED
+
+
+def test_replay_by_the_command(tiny_cascade, tmp_path):
+    settings = ["--cascade", tiny_cascade, "--seed", 3, "--device", "cpu"]
+    assert show_1("a cat", *settings, "--out", tmp_path / "cat.mp4").returncode == 0
+    again = show_1("replay", tmp_path / "cat.mp4", "--cascade", tiny_cascade)
+    assert (again.returncode, again.stdout) == (0, "The same frames.\n")
+
+
+def test_models_from_a_folder_without_a_network(tiny_cascade, tmp_path):
+    toml = shutil.copy(tiny_cascade, tmp_path)  # no models beside it
+    settings = ["--cascade", toml, "--device", "cpu", "--out", tmp_path / "cat.mp4"]
+    refused = show_1("a cat", *settings, "--offline")
+    assert refused.returncode == 2 and "the hub is not to be asked" in refused.stderr
+    refused = show_1("a cat", *settings, "--models", tiny_cascade.parent, "--memory", "1MB")
+    assert refused.returncode == 2 and "does not run with --memory 1MB" in refused.stderr
+    made = show_1("a cat", *settings, "--models", tiny_cascade.parent, "--offline")
+    assert made.returncode == 0, made.stderr
+
+
+def test_a_ctrl_c_is_one_word(tiny_cascade, tmp_path):
+    command = [sys.executable, "-m", "show_1", "a cat", "--cascade", tiny_cascade, "--device", "cpu"]
+    command += ["--set", "keyframes.steps=900", "--set", "pixel_upscale.steps=900", "--out", tmp_path / "cat.mp4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    made = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    said = ""
+    while "/900" not in said:
+        said += made.stderr.read(1)
+    made.send_signal(signal.SIGINT)
+    said, err = made.communicate(timeout=60)
+    assert made.returncode == 130 and err.endswith("Cancelled.\n") and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_several_prompts_in_one_go(one_step_cascade, tmp_path):

@@ -19,6 +19,7 @@ from benchmarks.models import load
 from show_1 import Cascade, Show1Error, Show1Pipeline, placement
 from show_1.errors import exit_code
 from show_1.models import cpu_kernels
+from show_1.pipeline import Clip, StepDone
 from tests import tiny
 from tests.test_models import FAMILIES, _inputs, _unet
 
@@ -53,6 +54,34 @@ def test_reuse_and_guidance_interval_leave_work_out(pipeline):
     assert rows == [1, 1, 2, 2, 1, 1]  # timesteps about 990, 825, 660, 495, 330, 165
     assert full == [1, 3, 5]
     assert not torch.equal(clip, stage(text, steps=6, **size))
+
+
+@pytest.mark.parametrize("table", ["interpolation", "first_frame", "pixel_upscale", "latent_upscale"])
+@pytest.mark.parametrize("rows", [None, 1])
+def test_measures_reach_every_stage(pipeline, tiny_cascade, table, rows, monkeypatch):
+    stages = {"first_frame": pipeline.pixel_upscale}
+    stage = stages.get(table) or getattr(pipeline, table)
+    unet = pipeline.pixel_upscale.first_frame_unet if table == "first_frame" else stage.unet
+    reuse = [] if table == "first_frame" else [f"{table}.reuse=2"]
+    cascade = pipeline.cascade.override([f"{table}.steps=6", f"{table}.guidance_interval=[400, 700]", *reuse])
+    monkeypatch.setattr(stage, "rows", rows)
+    calls, full = [], []
+    handles = (
+        unet.register_forward_pre_hook(lambda m, args, kwargs: calls.append(len(args[0])), with_kwargs=True),
+        unet.mid_block.register_forward_pre_hook(lambda m, args: full.append(len(calls))),
+    )
+    steps = 0
+    for event in pipeline.with_cascade(cascade).stream(tiny.PROMPT, seed=1):
+        steps += isinstance(event, StepDone) and event.stage == table
+        if isinstance(event, Clip) and event.stage == table:
+            break
+    for handle in handles:
+        handle.remove()
+    segments = 7 if table == "interpolation" else 1
+    guided = sum(calls) / segments - steps
+    assert 0 < guided < steps  # at some steps and not at all
+    assert rows is None or set(calls) == {1}
+    assert len(full) == len(calls) if table == "first_frame" else len(full) < 0.8 * len(calls)
 
 
 def test_measures_are_keys_that_may_be_left_out():

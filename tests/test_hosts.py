@@ -29,7 +29,8 @@ def volume(tmp_path, monkeypatch):
     monkeypatch.setattr(hosts, "PAPERSPACE_STORAGE", tmp_path)
     monkeypatch.setattr(hosts, "ROOM", 1)
     for name in ("HF_HOME", "HF_HUB_CACHE"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # to be what it was in the end, whatever `prepare` sets
+        monkeypatch.delenv(name)
     for name, value in PAPERSPACE.items():
         monkeypatch.setenv(name, value)
     return tmp_path

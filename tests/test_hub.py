@@ -308,7 +308,7 @@ def test_a_closed_gate_is_met_before_much_has_come(server, served, toml, new_mod
     del server.refusals[gated]
     server.pause = 0
     _check_says(answer, gated, "has not asked")
-    blobs = [blob for blob in tmp_path.rglob("blobs/*") if blob.stat().st_size > 10_000_000]
+    blobs = [blob for blob in tmp_path.rglob("blobs/*") if blob.stat().st_size > 2_000_000]
     assert blobs == []
 
 

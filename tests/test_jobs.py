@@ -197,13 +197,26 @@ def test_presets_are_the_cascades_of_the_same_models_and_mini(tiny_cascade, one_
 
 def test_a_browser_goes_before_loading_and_a_job_before_a_browser(one_step_cascade, tmp_path):
     jobs = Jobs(Cascade.load(one_step_cascade), CPU, tmp_path, 12)
+    before = jobs.engine.preparation
     jobs.start(head_start=PATIENCE)
     try:
         time.sleep(0.5)
-        assert jobs.engine.pipeline is None and jobs.engine.preparation.phase == "loading"
+        assert jobs.engine.preparation is before
         job = jobs.submit("me", "a cat")
         until(lambda: job.ended)
         assert job.state == DONE
+    finally:
+        jobs.close(PATIENCE)
+
+
+def test_a_new_computer_is_measured_before_anybody_asks(one_step_cascade, tmp_path):
+    jobs = Jobs(Cascade.load(one_step_cascade), CPU, tmp_path, 12)
+    assert not jobs.engine.calibration.has_all(jobs.engine.cascade)
+    jobs.start()
+    try:
+        until(lambda: jobs.engine.preparation is None)
+        assert jobs.engine.calibration.has_all(jobs.engine.cascade)
+        assert (tmp_path / "calibration.json").is_file() and not list(tmp_path.glob("*.mp4"))
     finally:
         jobs.close(PATIENCE)
 
@@ -239,8 +252,8 @@ def test_cancel_ends_it_within_a_step_and_the_next_one_runs(jobs):
         jobs.cancel("you", first)
     jobs.cancel("you", third)
     assert third.state == CANCELLED  # at once, as it only waited
-    step = first.step
     jobs.cancel("me", first)
+    step = first.step
     until(lambda: second.step)
     assert first.state == CANCELLED and first.step <= step + 1
     assert jobs.result(first) is None
@@ -625,9 +638,11 @@ def test_a_phase_does_not_end_while_the_time_left_is_counted():
 
 
 def test_sharp_clips():
-    frames = torch.zeros(2, 5, 7, 3, dtype=torch.uint8).numpy()
-    _, height, width, _ = enlarge(frames).shape
-    assert height >= 160 and height % 2 == 0 and width % 2 == 0
+    for height, width, factor in ((5, 7, 32), (33, 7, 6), (40, 64, 4), (200, 300, 1)):
+        frames = torch.arange(2 * height * width * 3).view(2, height, width, 3).to(torch.uint8).numpy()
+        larger = enlarge(frames)
+        assert larger.shape == (2, factor * height, factor * width, 3)
+        assert (larger[:, ::factor, ::factor] == frames).all() and (larger[:, -1, -1] == frames[:, -1, -1]).all()
 
 
 def test_the_gallery_tells_how_many_older_videos_it_leaves_out(tiny_cascade, tmp_path, monkeypatch):

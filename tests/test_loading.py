@@ -437,9 +437,14 @@ def test_a_text_in_the_place_of_a_number(copy, tmp_path, table, component, chang
 
 
 def test_code_in_a_weight_file_is_not_run(copy, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (tmp_path / "sprung").touch, ()
+
     file = copy("keyframes") / "unet" / "diffusion_pytorch_model.bin"
-    torch.save({"conv_in.weight": Path("an object of a class")}, file)
+    torch.save({"conv_in.weight": Trap()}, file)
     refusal(lambda: load(tmp_path, "keyframes", "unet"), "[keyframes]", str(file))
+    assert not (tmp_path / "sprung").exists()
 
 
 @pytest.mark.parametrize(("table", "component"), KINDS)
@@ -507,7 +512,8 @@ def test_other_schedulers_load_but_not_for_an_images_noise(copy, tmp_path):
     refusal(lambda: load(tmp_path, "first_frame", "image_noising_scheduler"), "is a DDPMScheduler")
 
 
-def test_loading_silences_the_libraries_alone(caplog):
+def test_loading_silences_the_libraries_alone(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)  # else nothing of it would be seen here
     logging.disable(logging.INFO)  # as some programs do that use the package
     try:
         with loading._quiet():

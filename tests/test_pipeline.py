@@ -43,11 +43,10 @@ def test_golden_numbers(tiny_cascade):
         assert tensor.dtype == torch.float64
         assert tensor.shape == expected[name].shape
         difference = (tensor - expected[name]).abs()
-        # The sampling amplifies rounding most where the noise is largest: see show-1's scheduler of the pixel upscale.
-        limit = {"pixel_upscaled": 2e-2, "video": 5e-3}.get(name, 1e-4)
-        assert difference.mean() < limit, name
-        if name not in ("pixel_upscaled", "video"):
-            assert difference.max() < 1e-2, name
+        # The numbers are kept in float32. The sampling amplifies rounding most where the noise is largest: see show-1's
+        # scheduler of the pixel upscale.
+        limit = {"pixel_upscaled": 2e-3, "video": 5e-4}.get(name, 1e-4)
+        assert difference.max() < limit and difference.mean() < limit / 20, name
 
 
 def test_shapes_and_settings(pipeline, result):
@@ -164,6 +163,20 @@ def test_text_is_encoded_in_float32_where_the_networks_are_in_bfloat16():
     assert half.keyframes.unet.dtype == half.latent_upscale.unet.dtype == torch.bfloat16
     for encode in (lambda p: p.keyframes.encode(tiny.PROMPT), lambda p: p.latent_upscale.encode(tiny.PROMPT, "")):
         assert torch.equal(encode(half).prompt, encode(exact).prompt)
+
+
+def test_a_preview_is_nearer_to_the_result_than_the_noisy_sample():
+    stage = Show1Pipeline.from_cascade("mini", "cpu", torch.float32).keyframes
+    settings = {"frames": 8, "height": 20, "width": 32, "steps": 8, "guidance": 1.0, "seed": 1}
+    stream = stage.stream(stage.encode("a panda jumping in the snow"), **settings)
+    half = [next(stream) for _ in range(4)][-1]
+    clip = finish(stream)
+    assert (half.clean - clip).square().mean() < 0.3 * (half.sample - clip).square().mean()
+
+
+def test_words_that_mini_does_not_know_are_told_first():
+    first = next(Show1Pipeline.from_cascade("mini", "cpu").stream("a cute panda", seed=1))
+    assert isinstance(first, Notice) and first.message.endswith("cannot follow them: cute")
 
 
 def test_events_in_order_with_previews(pipeline, result, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from show_1.errors import Show1Error
-from training import world
+from training import stages, world
 from training.world import MOTIONS, OBJECTS, PLACES, Scene
 
 needs_font = pytest.mark.skipif(not os.path.exists(world.FONT), reason="the Noto Color Emoji font is not installed")
@@ -21,9 +21,8 @@ def _scenes(count: int, **options) -> list[Scene]:
 
 
 def test_sizes_of_the_tables():
-    assert 48 <= len(OBJECTS) <= 52
-    assert 12 <= len(PLACES) <= 13
-    assert 10 <= len(MOTIONS) <= 12
+    assert (len(OBJECTS), len(PLACES), len(MOTIONS)) == (50, 12, 11)
+    assert set((stages.MINI / "words.txt").read_text().split()) == world.vocabulary()
     share = np.mean([world.held_out(o, p, m) for o in OBJECTS for p in PLACES for m in MOTIONS])
     assert 0.08 < share < 0.12
 

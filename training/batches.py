@@ -7,18 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import IterableDataset, get_worker_info
 
+from show_1.stages.denoise import fold, unfold
+from show_1.stages.interpolation import SEGMENT, between
 from training import models, world
 from training.redraw import EVERY, TIMES, Redrawn
 
 KEYFRAME_TIMES = TIMES[::EVERY]
 SMALL, MEDIUM, FULL = (20, 32), (80, 128), (160, 288)  # height, width after each enlargement
 TEXT_DROPPED = 0.1  # how often a caption is emptied, for classifier-free guidance
-REDRAWN = 0.4  # of an upscaler's batches, so many show what the stages before it draw, and the others true frames
+REDRAWN = 0.4  # of the batches of interpolation and upscalers that show what the stages before draw, not true frames
 NOISED = 60  # where the noise levels of an upscaler's condition end; mini's are 20 for the first frame and 0 after it
 OBJECT_WEIGHT = 3.0  # an error on an object counts for so much more than one on the place behind it
 SMALL_OBJECT_WEIGHT = 8.0  # more in small frames, where they are made up and moved
+FAR_MOVING = ("jumping", "spinning", "swinging", "circling")  # what is hardest to find between keyframes
 
-GPU_SCALE = 8  # as many scenes a batch on a GPU, which would else wait for Python
+GPU_SCALE = 8  # times as many scenes a batch on a GPU, which would else wait for Python
 GPU_BATCHES = 8  # painted at once there
 GPU_POOL = 4  # times as many to choose from: those painted at once are all of a kind
 
@@ -74,8 +77,10 @@ def _part(many: dict, number: int) -> dict:
     return {key: part(value) for key, value in many.items()}
 
 
-def _scenes(rng: np.random.Generator, count: int) -> tuple[list[world.Scene], list[str]]:
-    scenes = [world.sample(rng) for _ in range(count)]
+def _scenes(
+    rng: np.random.Generator, count: int, motions: tuple[str, ...] = tuple(world.MOTIONS)
+) -> tuple[list[world.Scene], list[str]]:
+    scenes = [world.sample(rng, motions=motions) for _ in range(count)]
     return scenes, ["" if rng.random() < TEXT_DROPPED else scene.caption for scene in scenes]
 
 
@@ -190,23 +195,34 @@ def pictures_for_pairs(rng: np.random.Generator, scale: int = 1) -> dict:
     return told | {"clean": world.render(scenes, *SMALL, _moments(rng, scenes))[:, :, 0]}
 
 
-def segments(rng: np.random.Generator, scale: int = 1) -> dict:
-    """Five frames from a keyframe to the next, (batch, 3, 5, height, width) in [−1, 1], to fill in between noisy ends.
+def segments(rng: np.random.Generator, scale: int = 1, *, redrawn: Redrawn) -> dict:
+    """The frames from a keyframe to the next, (batch, 3, 5, height, width) in [−1, 1], to fill in between the ends.
 
-    "condition" is (batch, 4, 5, height, width): the blend of the ends, and a mask that is 1 where they are.
+    These are keyframes as they are drawn, or true ones with noise; "condition" is what `between` makes of them.
     """
-    scenes, captions = _scenes(rng, 4 * scale)
-    painted = _painted(scenes, SMALL, _window(rng, scenes, 5, every=4), SMALL_OBJECT_WEIGHT)
-    clean = painted["clean"]
-    ends = clean[:, :, [0, -1]] + 0.05 * torch.rand(len(scenes), 1, 1, 1, 1) * torch.randn_like(clean[:, :, [0, -1]])
-    between = F.interpolate(ends, size=clean.shape[2:], mode="trilinear", align_corners=True)
-    mask = torch.zeros_like(between[:, :1])
-    mask[:, :, [0, -1]] = 1
-    return painted | {"condition": torch.cat([between, mask], dim=1), "captions": captions}
+    if rng.random() < REDRAWN:
+        scenes, clips = redrawn(rng, 4 * scale)
+        captions = [scene.caption for scene in scenes]
+        times = _window(rng, scenes, SEGMENT, every=EVERY)
+        painted = _painted(scenes, SMALL, times, SMALL_OBJECT_WEIGHT)
+        ends = _drawn_at(clips, times, 2, every=EVERY)
+    else:
+        scenes, captions = _scenes(rng, 4 * scale, FAR_MOVING if rng.random() < 0.5 else tuple(world.MOTIONS))
+        times = _window(rng, scenes, SEGMENT, every=EVERY)
+        painted = _painted(scenes, SMALL, times, SMALL_OBJECT_WEIGHT)
+        ends = painted["clean"][:, :, [0, -1]]
+        ends = ends + 0.05 * torch.rand(len(scenes), 1, 1, 1, 1) * torch.randn_like(ends)
+    return painted | {"condition": between(ends), "captions": captions}
+
+
+def _drawn_at(clips: torch.Tensor, times: torch.Tensor, frames: int, every: int = 1) -> torch.Tensor:
+    """Return so many frames of each drawn clip, from the first of its times on; clips have every `every`-th frame."""
+    starts = (28 / every * times[:, 0]).round().int().tolist()
+    return torch.stack([clip[:, at : at + frames] for clip, at in zip(clips, starts, strict=True)])
 
 
 def _window(rng: np.random.Generator, scenes: list[world.Scene], frames: int, every: int = 1) -> torch.Tensor:
-    """Return the times of so many neighbouring frames of each scene, (scenes, frames), the first a multiple."""
+    """Return the times of neighbouring frames of each scene, (scenes, frames), the first a multiple of `every`."""
     first = rng.integers(0, (29 - frames) // every + 1, (len(scenes), 1)) * every
     return torch.from_numpy((first + np.arange(frames)) / 28).float()
 
@@ -227,8 +243,7 @@ def degrade(clips: torch.Tensor) -> torch.Tensor:
 
 def bicubic(clips: torch.Tensor, size: tuple[int, int], **options: bool) -> torch.Tensor:
     """Return clips in another (height, width); `options` are torch's."""
-    frames = F.interpolate(clips.transpose(1, 2).flatten(0, 1), size=size, mode="bicubic", **options)
-    return frames.unflatten(0, (len(clips), -1)).transpose(1, 2).clamp(-1, 1)
+    return unfold(F.interpolate(fold(clips), size=size, mode="bicubic", **options), clips.shape).clamp(-1, 1)
 
 
 def enlarged_pictures(rng: np.random.Generator, scale: int = 1, *, redrawn: Redrawn) -> dict:
@@ -272,8 +287,7 @@ def _redrawn_windows(
     """Return scenes, the times of so many neighbouring frames of each, and what the small stages draw of them."""
     scenes, clips = redrawn(rng, count)
     times = _window(rng, scenes, frames)
-    starts = (28 * times[:, 0]).round().int().tolist()
-    return scenes, times, torch.stack([clip[:, at : at + frames] for clip, at in zip(clips, starts, strict=True)])
+    return scenes, times, _drawn_at(clips, times, frames)
 
 
 def _led(rng: np.random.Generator, batch: dict, first_frame: Enlarge) -> dict:

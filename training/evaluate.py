@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 from benchmarks.figures import write_figures
 from show_1 import Show1Error, Show1Pipeline
-from show_1.errors import check_outputs, exit_code
+from show_1.errors import exit_code
+from show_1.files import check_outputs, writing
 from show_1.pipeline import check_device
 from show_1.stages.denoise import finish
-from show_1.video import writing
 from training import judge, world
 from training.batches import FULL, MEDIUM, SMALL, bicubic, degrade
 from training.redraw import TIMES
@@ -109,7 +109,7 @@ def _use(pipeline: Show1Pipeline, critic: judge.Judge) -> None:
 def _video(prompt: str, seed: int) -> tuple[np.ndarray, dict[str, dict]]:
     """Return a video's frames, (29, height, width, 3), and what the judge sees in each stage's clip."""
     result = _pipeline(prompt, seed=seed)
-    return result.frames, {clip: _critic.verdict(result.tensors[clip].float()) for clip in CLIPS}
+    return result.frames, {clip: _critic.verdict(result.tensors[clip]) for clip in CLIPS}
 
 
 def _keyframes(prompt: str, seed: int, guidance: float) -> dict:

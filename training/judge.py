@@ -21,7 +21,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from show_1.errors import Show1Error, exit_code
-from show_1.timing import write_atomically
+from show_1.files import write_atomically
+from show_1.stages.denoise import fold, unfold
 from training import models, world
 from training.batches import FULL, KEYFRAME_TIMES, SMALL, Batches, labels
 
@@ -78,7 +79,7 @@ class Judge(nn.Module):
 
     def last_features(self, clip: torch.Tensor) -> torch.Tensor:
         """Return the coarsest features, (batch, frames, channels, height, width)."""
-        return self.features(look(clip).transpose(1, 2).flatten(0, 1))[-1].unflatten(0, (len(clip), -1))
+        return self.features(fold(look(clip)))[-1].unflatten(0, (len(clip), -1))
 
     def sides(self, clip: torch.Tensor) -> list[torch.Tensor]:
         """Return logits of objects, (batch, 50), for what is on the left and on the right.
@@ -91,7 +92,7 @@ class Judge(nn.Module):
 
     def stills(self, clip: torch.Tensor) -> torch.Tensor:
         """Return which object each frame shows that is looked at alone, (batch, frames): its number among OBJECTS."""
-        found = self.features(_resize(clip, SIZE).transpose(1, 2).flatten(0, 1))[-1]
+        found = self.features(fold(_resize(clip, SIZE)))[-1]
         return self.objects(pooled(found[:, None])).argmax(1).unflatten(0, (len(clip), -1))
 
     @torch.no_grad()
@@ -100,11 +101,12 @@ class Judge(nn.Module):
 
         And what each frame shows that is looked at alone ("stills").
         """
-        objects, place, motion = self(clip.float())
+        clip = clip.float()
+        objects, place, motion = self(clip)
         return {
             "object": OBJECTS[objects.argmax()],
-            "stills": [OBJECTS[number] for number in self.stills(clip.float())[0]],
-            "pair": {OBJECTS[side.argmax()] for side in self.sides(clip.float())},
+            "stills": [OBJECTS[number] for number in self.stills(clip)[0]],
+            "pair": {OBJECTS[side.argmax()] for side in self.sides(clip)},
             "place": PLACES[place.argmax()],
             "motion": MOTIONS[motion.argmax()],
         }
@@ -115,7 +117,7 @@ class Judge(nn.Module):
 
         Both are looked at in their own size, which has to be the same, down to their finest detail.
         """
-        frames = (_eight(c.float()).transpose(1, 2).flatten(0, 1) for c in (clip, truth))
+        frames = (fold(_eight(c.float())) for c in (clip, truth))
         pairs = zip(*map(self.features, frames), strict=True)
         return sum((F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean().item() for a, b in pairs)
 
@@ -135,9 +137,8 @@ def _eight(clip: torch.Tensor) -> torch.Tensor:
 
 
 def _resize(clip: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    frames = clip.transpose(1, 2).flatten(0, 1)
-    resized = F.interpolate(frames, size=size, mode="bilinear", antialias=True, align_corners=False)
-    return resized.unflatten(0, (len(clip), -1)).transpose(1, 2)
+    resized = F.interpolate(fold(clip), size=size, mode="bilinear", antialias=True, align_corners=False)
+    return unfold(resized, clip.shape)
 
 
 def clips(rng: np.random.Generator) -> dict:

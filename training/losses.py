@@ -95,7 +95,7 @@ def velocity_loss(
 
 @torch.no_grad()
 def draw(unet: nn.Module, states: torch.Tensor, batch: dict, steps: int, shared_noise: float = 0.0) -> torch.Tensor:
-    """Return what the model draws, without guidance, for the text and condition of a batch: as its "clean"."""
+    """Return what the model draws, without guidance, for the text and condition of a batch, as large as its "clean"."""
     with CPU:  # whatever the default is meanwhile
         scheduler = models.scheduler(thresholding=False)
         scheduler.set_timesteps(steps, device=states.device)

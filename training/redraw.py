@@ -1,9 +1,9 @@
-"""True clips as the cascade draws them, so that the upscalers learn to repair its own faults.
+"""True clips as the cascade draws them, so that the later stages learn to repair its own faults.
 
 A true clip gets so much noise that little but places and outlines is left of it, and from there the keyframes' model
 draws it anew (SDEdit, arXiv 2108.01073), with the faults in its details that it has in videos made from prompts.
-Interpolation draws the frames between. The true clip shows the same things at the same places, which is what an
-upscaler is to make of it.
+Interpolation, which learns from the keyframes alone, draws the frames between. The true clip shows the same things at
+the same places, which is what a later stage is to make of it.
 """
 
 import functools
@@ -17,10 +17,11 @@ from show_1.cascade import Cascade
 from show_1.loading import load_interpolation, load_keyframes
 from show_1.stages import InterpolationPipeline, KeyframesPipeline
 from show_1.stages.denoise import denoise, finish, prepare, seeded, share_noise
+from show_1.stages.interpolation import SEGMENT
 from training import world
 
 TIMES = torch.arange(29) / 28  # of a clip's frames
-EVERY = 4  # frames from keyframe to keyframe
+EVERY = SEGMENT - 1  # frames from keyframe to keyframe
 NOISE_LEVELS = (350, 700)  # where the drawing starts: less leaves details, more moves things
 STEPS = 8  # of a whole sampling, of which the drawing takes what is left at its level
 KEPT = 256  # clips at hand
@@ -28,18 +29,18 @@ CPU = torch.device("cpu")  # where stages are loaded and draw their noise, whate
 
 
 class Redrawn:
-    """Small clips drawn by the trained stages in `mini`, beside the scenes that they should show.
+    """Small clips, or the keyframes alone, drawn by the trained stages in `mini`, beside the scenes they should show.
 
     Each is used several times, in other parts: `fresh` is the share of the clips asked for that are drawn anew.
     """
 
-    def __init__(self, mini: Path, device: torch.device, dtype: torch.dtype, fresh: float):
-        self.mini, self.device, self.dtype, self.fresh = mini, device, dtype, fresh
+    def __init__(self, mini: Path, device: torch.device, dtype: torch.dtype, fresh: float, interpolated: bool):
+        self.mini, self.device, self.dtype, self.fresh, self.interpolated = mini, device, dtype, fresh, interpolated
         self.kept: deque[tuple[world.Scene, torch.Tensor]] = deque(maxlen=KEPT)
         self.rng: np.random.Generator | None = None
 
     def __call__(self, rng: np.random.Generator, count: int) -> tuple[list[world.Scene], torch.Tensor]:
-        """Return `count` scenes and the clips drawn of them, (count, 3, 29, height, width)."""
+        """Return `count` scenes and the clips drawn of them, (count, 3, 29 or 8, height, width)."""
         if rng is not self.rng:  # as another begins with nothing, it always chooses the same
             self.kept.clear()
             self.rng = rng
@@ -51,20 +52,22 @@ class Redrawn:
         return [scene for scene, _ in chosen], torch.stack([clip for _, clip in chosen])
 
     @functools.cached_property
-    def stages(self) -> tuple[Cascade, KeyframesPipeline, InterpolationPipeline]:
-        """Loaded where they are first used: on a CPU in the process that makes the batches."""
-        cascade = Cascade.load("mini")
-        folders = {"keyframes": self.mini / "show-1-base", "interpolation": self.mini / "show-1-interpolation"}
+    def keyframes(self) -> KeyframesPipeline:
+        """Loaded where it is first used, as the other is: on a CPU in the process that makes the batches."""
+        folders = {"keyframes": self.mini / "show-1-base"}
         with CPU:
-            keyframes, interpolation = (
-                load(cascade, folders, self.dtype) for load in (load_keyframes, load_interpolation)
-            )
-        return cascade, keyframes.to(self.device), interpolation.to(self.device)
+            return load_keyframes(Cascade.load("mini"), folders, self.dtype).to(self.device)
+
+    @functools.cached_property
+    def interpolation(self) -> InterpolationPipeline:
+        folders = {"interpolation": self.mini / "show-1-interpolation"}
+        with CPU:
+            return load_interpolation(Cascade.load("mini"), folders, self.dtype).to(self.device)
 
     @torch.no_grad()
     def draw(self, scenes: list[world.Scene], noise_level: int) -> torch.Tensor:
-        """Return scenes as the stages draw them from so noisy true keyframes on, (scenes, 3, 29, height, width)."""
-        cascade, keyframes, interpolation = self.stages
+        """Return scenes, drawn on from true keyframes noised to 0…999: (scenes, 3, 29 or 8, height, width)."""
+        cascade, keyframes = Cascade.load("mini"), self.keyframes
         size = cascade.keyframes.height, cascade.keyframes.width
         clean = world.render(scenes, *size, TIMES[::EVERY]).to(self.device)
         noise = share_noise(torch.randn_like(clean), torch.randn_like(clean[:, :, :1]), cascade.keyframes.shared_noise)
@@ -79,7 +82,8 @@ class Redrawn:
         guidance = cascade.keyframes.guidance
         measures = {"timesteps": timesteps, "generators": generators}
         drawn = finish(denoise(keyframes.unet, scheduler, noisy, text, guidance, **measures))
+        if not self.interpolated:
+            return drawn.float()
+        settings = cascade.stream_settings("interpolation")
         with CPU:
-            return interpolation(
-                text, drawn.to(self.dtype), steps=cascade.interpolation.steps, guidance=1.0, seed=seeds
-            ).float()
+            return self.interpolation(text, drawn.to(self.dtype), **settings, seed=seeds).float()

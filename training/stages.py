@@ -19,6 +19,7 @@ from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 from show_1.cascade import Cascade
 from show_1.errors import Show1Error
 from show_1.models import channels_last
+from show_1.stages.denoise import fold, unfold
 from training import models, world
 from training.batches import (
     KEYFRAME_TIMES,
@@ -181,15 +182,16 @@ def reader(device: torch.device) -> Callable[[dict], torch.Tensor]:
     Raises Show1Error where there is none.
     """
     tokenizer = t5_tokenizer()
-    encoder = _saved_text_encoder()
-    if encoder is None:
-        raise _missing(MINI / "show-1-base" / "text_encoder", "text")
-    encoder.requires_grad_(False).to(device)
+    needed(MINI / "show-1-base" / "text_encoder", "text")
+    encoder = _saved_text_encoder().requires_grad_(False).to(device)
     return lambda batch: _states(encoder, _tokens(tokenizer, batch))
 
 
-def _missing(folder: Path, stage: str) -> Show1Error:
-    return Show1Error(f"What an earlier stage has to train is missing: {folder}", f"Train it first: --stage {stage}")
+def needed(folder: Path, stage: str) -> Path:
+    """Return a folder that an earlier stage has filled; raise Show1Error where it is not there."""
+    if not folder.exists():
+        raise Show1Error(f"What an earlier stage has to train is missing: {folder}", f"Train it first: --stage {stage}")
+    return folder
 
 
 def pixel_stage(
@@ -235,9 +237,8 @@ def paths_stage(device: torch.device) -> Stage:
     this frame than in others. What enters the block is computed once a clip and used eight times.
     """
     unet = models.video_unet("keyframes")
-    if not (RUNS / "pictures").exists():  # show_1/mini will not do: what has been taught would be taught on top of it
-        raise _missing(RUNS / "pictures", "pictures")
-    _start_from(unet, RUNS / "pictures")
+    # show_1/mini will not do: what has been taught would be taught on top of it.
+    _start_from(unet, needed(RUNS / "pictures", "pictures"))
     unet.to(device).requires_grad_(False)
     read, frames = reader(device), len(KEYFRAME_TIMES)
     block = unet.up_blocks[0].requires_grad_(True)
@@ -336,9 +337,7 @@ def pairs_stage(device: torch.device) -> Stage:
     one thing they learn to make what they made.
     """
     unet, untaught = models.video_unet("keyframes"), models.picture_unet("keyframes")
-    saved = MINI / "show-1-base" / "unet"
-    if not saved.exists():
-        raise Show1Error(f"The keyframes' UNet is missing: {saved}", "Train it first: --stage pictures, then paths")
+    saved = needed(MINI / "show-1-base" / "unet", "pictures, then paths")
     for each in (unet, untaught):
         _start_from(each, saved)
         each.requires_grad_(False)
@@ -431,10 +430,9 @@ def interpolation_stage(device: torch.device) -> Stage:
     """The frames between two keyframes, (batch, 3, 5, 20, 32), at the noise levels where the sampler looks."""
     unet = models.video_unet("interpolation")
     _start_from(unet, MINI / "show-1-interpolation" / "unet")
+    batches = functools.partial(segments, redrawn=_redrawn(device, interpolated=False))
     steps = Cascade.load("mini").interpolation.steps
-    return pixel_stage(
-        unet, segments, "show-1-interpolation/unet", device, of_sampler(steps), steps=steps, edge_weight=0.3
-    )
+    return pixel_stage(unet, batches, "show-1-interpolation/unet", device, of_sampler(steps), steps, edge_weight=0.3)
 
 
 def first_frame_stage(device: torch.device) -> Stage:
@@ -481,8 +479,7 @@ def vae_stage(device: torch.device) -> Stage:
 def latent_upscale_stage(device: torch.device) -> Stage:
     """Redrawing in latents what the stages before make of clips, (batch, 3, 4, 160, 288) or squares; and its CLIP."""
     folder = MINI / "show-1-sr2"
-    if not (folder / "vae").exists():
-        raise _missing(folder / "vae", "vae")
+    needed(folder / "vae", "vae")
     vae = models.autoencoder().requires_grad_(False).to(device)
     _start_from(vae, folder / "vae")
     scaling, half = AutoencoderKL.load_config(folder / "vae")["scaling_factor"], native_bfloat16(device)
@@ -492,20 +489,16 @@ def latent_upscale_stage(device: torch.device) -> Stage:
     for name, model in trained.items():
         _start_from(model, folder / name)
 
-    def frames(clips: torch.Tensor) -> torch.Tensor:
-        return clips.transpose(1, 2).flatten(0, 1)
-
     def latents(clips: torch.Tensor) -> torch.Tensor:
-        mean = vae.encode(frames(clips)).latent_dist.mean
-        return mean.unflatten(0, (len(clips), -1)).transpose(1, 2).float() * scaling
+        return unfold(vae.encode(fold(clips)).latent_dist.mean, clips.shape).float() * scaling
 
     def decoded(sample: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            return vae.decode(frames(sample) / scaling).sample.float()
+            return vae.decode(fold(sample) / scaling).sample.float()
 
     def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
         def error_of(sample: torch.Tensor) -> torch.Tensor:
-            return PIXEL_WEIGHT * pixel_error(decoded(sample), frames(batch["clean"]))
+            return PIXEL_WEIGHT * pixel_error(decoded(sample), fold(batch["clean"]))
 
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
             pair = {"clean": latents(batch["clean"]), "degraded": latents(batch["condition"])}
@@ -518,8 +511,7 @@ def latent_upscale_stage(device: torch.device) -> Stage:
         noisy = ALPHA[top] * degraded + SIGMA[top] * noise_like(degraded, shared)
         states = _states(trained["text_encoder"], _tokens(tokenizer, batch))
         velocity = trained["unet"](noisy, torch.tensor(top, device=device), encoder_hidden_states=states).sample
-        drawn = decoded(ALPHA[top] * noisy - SIGMA[top] * velocity)
-        return drawn.unflatten(0, (len(degraded), -1)).transpose(1, 2)
+        return unfold(decoded(ALPHA[top] * noisy - SIGMA[top] * velocity), degraded.shape)
 
     return Stage(
         trained,
@@ -543,9 +535,7 @@ class Upscale:
 
     def __init__(self, device: torch.device, stage: str):
         self.device, self.stage, self.settings = device, stage, Cascade.load("mini").stream_settings(stage)
-        self.folder = MINI / {"first_frame": "IF-II-L", "pixel_upscale": "show-1-sr1"}[stage] / "unet"
-        if not self.folder.exists():
-            raise _missing(self.folder, stage)
+        self.folder = needed(MINI / {"first_frame": "IF-II-L", "pixel_upscale": "show-1-sr1"}[stage] / "unet", stage)
 
     @functools.cached_property
     def loaded(self) -> tuple[nn.Module, Callable[[dict], torch.Tensor]]:
@@ -560,14 +550,15 @@ class Upscale:
         return draw(unet, read(batch), batch, self.settings["steps"], self.settings.get("shared_noise", 0.0))
 
 
-def _redrawn(device: torch.device) -> Redrawn:
-    for folder, stage in (("show-1-base", "keyframes"), ("show-1-interpolation", "interpolation")):
-        if not (MINI / folder / "unet").exists():
-            raise _missing(MINI / folder / "unet", stage)
+def _redrawn(device: torch.device, interpolated: bool = True) -> Redrawn:
+    needed(MINI / "show-1-base" / "text_encoder", "text")
+    needed(MINI / "show-1-base" / "unet", "keyframes")
+    if interpolated:
+        needed(MINI / "show-1-interpolation" / "unet", "interpolation")
     dtype = torch.bfloat16 if native_bfloat16(device) else torch.float32
     # Drawing a clip takes a CPU as long as some updates of an upscaler; a GPU draws many in the time of one.
     fresh = 0.05 if device.type == "cpu" else 0.5
-    return Redrawn(MINI, device, dtype, fresh)
+    return Redrawn(MINI, device, dtype, fresh, interpolated)
 
 
 # Name → how to build it and its share of the time, in order: each may start from what those before it have saved.

@@ -3,7 +3,7 @@
 The text encoder comes first: it learns what captions mean from the captions alone and is frozen from then on, as T5 is
 for the released models, so that all pixel stages read the same embeddings. Then pictures, then where motions have
 things in which frame and which of two things is where, then clips, with pictures beside them where things have to be
-made up: a video UNet starts as a trained picture UNet whose new temporal layers do nothing. The upscalers learn to
+made up: a video UNet starts as a trained picture UNet whose new temporal layers do nothing. The later stages learn to
 repair true frames as the stages before them would draw them, or degraded. A run can be broken off at any moment: it
 goes on from its last checkpoint, at most a minute old, and where there is none (checkpoints are not committed) from the
 weights in show_1/mini.
@@ -34,10 +34,11 @@ from torch import distributed, multiprocessing, nn
 from torch.utils.data import DataLoader
 
 from show_1.errors import Show1Error, exit_code, first_line
+from show_1.files import write_atomically
 from show_1.models import channels_last
 from show_1.models.attention import TextAttention
 from show_1.pipeline import check_device
-from show_1.timing import write_atomically
+from show_1.stages.denoise import fold
 from training import models, stages, world
 from training.batches import Batches, painted_on
 
@@ -258,8 +259,7 @@ def sheet(drawn: torch.Tensor, batch: dict, file: Path) -> None:
     for clips in (batch["clean"], batch.get("condition"), drawn):
         if clips is not None:
             clips = clips[:, :3].float().cpu()
-            pictures = clips.transpose(1, 2).flatten(0, 1) if clips.ndim == 5 else clips
-            rows.append(torch.cat([F.pad(picture, (1, 1, 1, 1), value=1.0) for picture in pictures[:16]], dim=2))
+            rows.append(torch.cat([F.pad(picture, (1, 1, 1, 1), value=1.0) for picture in fold(clips)[:16]], dim=2))
     picture = ((torch.cat(rows, dim=1).clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
     scale = max(1, 1600 // picture.shape[1])
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -666,12 +666,14 @@ def held_out(object: str, place: str, motion: str) -> bool:
     return zlib.crc32(f"{object}|{place}|{motion}".encode()) % 10 == 0
 
 
-def sample(rng: np.random.Generator, *, train: bool = True, pairs: float = 0.4) -> Scene:
+def sample(
+    rng: np.random.Generator, *, train: bool = True, pairs: float = 0.4, motions: tuple[str, ...] = tuple(MOTIONS)
+) -> Scene:
     """A random scene: never of a held-out combination, or with train=False only of those, with plain captions.
 
-    `pairs` is the share of scenes of two objects in training.
+    `pairs` is the share of scenes of two objects in training, `motions` are those to choose from.
     """
-    names, places, motions = list(OBJECTS), list(PLACES), list(MOTIONS)
+    names, places = list(OBJECTS), list(PLACES)
     while True:
         count = 2 if train and rng.random() < pairs else 1
         objects = tuple(names[k] for k in rng.choice(len(names), count, replace=False))

@@ -34,7 +34,10 @@ def suit(name: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> bool:
 
 
 def attempt(name: str, x: torch.Tensor, *rest) -> torch.Tensor | None:
-    """Return what that kernel makes of `x` and the rest; None where it fails, and the log says so once."""
+    """Return what that kernel makes of `x` and the rest; None where it fails, and the log says so once.
+
+    That a memory is full is raised.
+    """
     device = x.device.type
     try:
         module = importlib.import_module(f"show_1.models.{KERNELS[device][0]}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from show_1 import engine
 from show_1.cascade import Cascade
 from show_1.errors import Show1Error
 from show_1.jobs import CHANGEABLE, Jobs
@@ -96,10 +97,9 @@ def told(escaped: bool = True) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        message = str(error)
         if not isinstance(error, Show1Error):
             log.exception("a request failed")
-            message = "That failed; the server's log says why. Try again, or with other settings."
+        message = engine.told(error, "That")
         message = html.escape(message, quote=False) if escaped else message
         raise gr.Error(message, duration=None, print_exception=False) from error
 

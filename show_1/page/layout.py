@@ -34,6 +34,7 @@ STYLE = {  # for `gr.Blocks.launch`
 WITH_JOB = "(job, visitor, ...others) => [show1.job(), show1.visitor(), ...others]"
 JOB = "() => [show1.job()]"
 GO_TO_JOB = "job => show1.goTo(job)"
+ENTER_JOB = "job => show1.goTo(job, true)"
 
 
 def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
@@ -179,7 +180,7 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
 
         private = {"api_visibility": "private", "show_progress": "hidden"}
         at_once = private | {"queue": False}  # where errors are not told
-        page.load(enter, [shown, visitor], new_job, js=WITH_JOB, **at_once).then(None, new_job, js=GO_TO_JOB, **private)
+        page.load(enter, [shown, visitor], new_job, js=WITH_JOB, **at_once).then(None, new_job, js=ENTER_JOB, **private)
         ways = [submit_button.click, prompt.submit, seed.submit, *(field.submit for field in fields)]
         for asked, act, inputs in (
             (ways, submit, [shown, visitor, prompt, seed, preset, *fields]),

@@ -14,19 +14,17 @@ const show1 = {
         }
     },
 
-    goTo(job) {
+    // Shows a job. `enters` where the page was opened without one: then the way back leads out of the page.
+    goTo(job, enters) {
         if (job) {
-            show1.show(job);
-            document.querySelector('#screen').scrollIntoView({ block: 'nearest' });
+            const url = new URL(location), narrow = innerWidth <= 640;
+            url.searchParams.set('job', job);
+            if (job !== show1.job()) history[enters ? 'replaceState' : 'pushState'](null, '', url);
+            if (narrow && !enters) document.activeElement.blur();  // the keyboard would cover half of it
+            document.querySelector('#job').scrollIntoView({ block: narrow ? 'start' : 'nearest' });
+            document.querySelectorAll('[data-testid=toast-close]').forEach(close => close.click());  // of what is over
         }
         show1.look();
-    },
-
-    // Has the address say which job is shown, and leaves the rest of it as it is.
-    show(job) {
-        const url = new URL(location);
-        url.searchParams.set('job', job);
-        history.pushState(null, '', url);
     },
 
     // Looks at the job again and again. The server answers when there is news, or after a pause.
@@ -35,9 +33,49 @@ const show1 = {
         show1.server = server;
         for (let missed = 0; !begun;) {
             missed = await show1.look(show1.news) ? 0 : missed + 1;
+            if (!missed && !show1.filled) show1.fillIn();
             show1.tellAway(missed > 1);
             if (missed > 1 && await show1.loggedOut()) location.reload();  // to where one logs in
             if (missed) await new Promise(done => setTimeout(done, 1000));
+        }
+    },
+
+    // What was typed survives a reload: Gradio reloads by itself where a button was pressed while the server was away.
+    boxes() {
+        const boxes = document.querySelectorAll('#form :is(textarea, input[type=text], input[type=radio])');
+        const name = box => box.type === 'radio' ? `preset ${box.value}` : box.labels[0]?.textContent.trim();
+        return Object.fromEntries([...boxes].map(box => [name(box), box]));
+    },
+
+    keep() {
+        const value = box => box.type === 'radio' ? box.checked : box.value;
+        const typed = Object.entries(show1.boxes()).map(([name, box]) => [name, value(box)]);
+        try {
+            sessionStorage.show1Form = JSON.stringify(typed.filter(([, value]) => value));
+        } catch {}  // nothing may be kept here
+    },
+
+    fillIn() {
+        show1.filled = true;
+        let typed = [];
+        try {
+            typed = JSON.parse(sessionStorage.show1Form || '[]');
+            delete sessionStorage.show1Form;
+        } catch {}
+        const fill = () => {
+            const boxes = show1.boxes();
+            for (const [name, value] of typed) {
+                const box = boxes[name];
+                if (box?.type === 'radio' && !box.checked) box.click();
+                if (!box || box.type === 'radio' || box.value) continue;
+                box.value = value;
+                box.dispatchEvent(new Event('input', { bubbles: true }));
+            }
+            return typed.some(([name]) => !boxes[name]);
+        };
+        if (fill()) {  // those under Advanced are drawn only once it is open
+            document.querySelector('#form .label-wrap').click();
+            setTimeout(fill, 300);
         }
     },
 
@@ -101,10 +139,11 @@ const show1 = {
             alert('This browser shows no notifications here; the tab will tell.');
     },
 
-    // Whether the browser shows it: Chrome on Android has notifications, but not for pages.
-    notify(body) {
+    // Whether the browser shows it: Chrome on Android has notifications, but not for pages. One with a tag takes the
+    // place of another tab's.
+    notify(body, tag) {
         try {
-            return Boolean(new Notification('Show-1', { body }));
+            return Boolean(new Notification('Show-1', { body, tag }));
         } catch {
             return false;
         }
@@ -121,7 +160,7 @@ const show1 = {
         }
         const worked = ['running', 'waiting'].includes(show1.state) && show1.job() === show1.told;
         if (worked && ['done', 'stopped', 'failed'].includes(state) && window.Notification?.permission === 'granted')
-            show1.notify(status.querySelector('[role=status]').textContent + '\n' + title);
+            show1.notify(status.querySelector('[role=status]').textContent + '\n' + title, show1.job());
         show1.state = state;
         show1.told = show1.job();
     },
@@ -144,6 +183,8 @@ const show1 = {
             head.querySelector('.icon').ariaHidden = 'true';
         }
         document.querySelector('#preset')?.setAttribute('aria-label', 'Preset');
+        document.querySelector('#told')?.setAttribute('aria-live', 'polite');
+        for (const box of document.querySelectorAll('#form :is(textarea, input[type=text])')) box.dir = 'auto';
     },
 
     // Puts a file where settings are read from it, and unfolds that, which is drawn only once it has been open.
@@ -161,7 +202,8 @@ const show1 = {
     copy(button) {
         const text = button.parentElement.querySelector('pre');
         getSelection().selectAllChildren(text);
-        const copied = navigator.clipboard?.writeText(text.textContent) ?? Promise.resolve(document.execCommand('copy'));
+        const copied = navigator.clipboard?.writeText(text.textContent) 
+            ?? (document.execCommand('copy') ? Promise.resolve() : Promise.reject());
         copied.then(() => { button.textContent = 'Copied'; }, () => { button.textContent = 'Press Ctrl+C'; });
     },
 
@@ -185,21 +227,31 @@ document.addEventListener('click', event => {
     }
 });
 document.addEventListener('click', () => setTimeout(show1.describe));
+document.addEventListener('click', event => {  // the second of a double click would ask for a second video
+    if (event.detail > 1 && event.target.closest('button.primary, #ended button')) event.stopImmediatePropagation();
+}, true);
+addEventListener('popstate', () => show1.look());
+addEventListener('pagehide', show1.keep);
+// What could not be loaded, as while the server was away, is tried again.
+document.addEventListener('error', ({ target }) => {
+    if (!target.closest?.('#screen, #clips, #gallery')) return;
+    setTimeout(() => { if (target.isConnected) target.src = target.src; }, 10000);
+}, true);
 // A video may be dropped anywhere: the browser would leave the page for it.
 document.addEventListener('dragover', event => {
     if (event.dataTransfer.types.includes('Files')) event.preventDefault();
 });
 document.addEventListener('drop', event => {
     const [file] = event.dataTransfer.files;
-    if (!file || event.target.closest?.('#drop')) return;  // there Gradio takes it
-    event.preventDefault();
+    if (!file) return;
+    event.preventDefault();  // what Gradio takes, it keeps to itself
     show1.restore(file);
 });
 // Clips and the gallery's videos play while they are pointed at.
 document.addEventListener('mouseover', event => {
     event.target.closest?.('.clips video')?.play().catch(() => {});  // left again before it played
     const picture = event.target.closest?.('img[data-video]');
-    if (!picture) return;
+    if (!picture || matchMedia('(hover: none), (prefers-reduced-motion: reduce)').matches) return;
     const video = Object.assign(document.createElement('video'), {
         src: picture.dataset.video, muted: true, loop: true, autoplay: true, playsInline: true, added: true,
     });

@@ -27,7 +27,7 @@ def view(jobs: Jobs, id: str, job: Job | None, visitor: str) -> dict[str, str | 
     working = job is not None and not job.ended
     preparation = jobs.engine.preparation
     offered = "mini" in jobs.presets and "mini" not in jobs.engine.presets and preparation is not None
-    offered = offered and (job is None or (job.state == WAITING and jobs.engine_of(job) is jobs.engine))
+    offered = offered and (job is None or (job.state == WAITING and jobs.engine_for(job.preset) is jobs.engine))
     return {
         "status": _status(jobs, id, job),
         "screen": _screen(jobs, job, result),
@@ -45,7 +45,7 @@ def view(jobs: Jobs, id: str, job: Job | None, visitor: str) -> dict[str, str | 
 
 def what(jobs: Jobs, job: Job) -> str:
     """Return what is going on, in words that change seldom enough to be read out."""
-    preparation = jobs.engine_of(job).preparation
+    preparation = jobs.engine_for(job.preset).preparation
     if job.state == WAITING:
         place = len(jobs.ahead(job)) + 1
         return f"In the queue: number {place}" if place > 1 or not preparation else preparation.text
@@ -103,7 +103,7 @@ def examples(cascade: Cascade) -> str:
 
 
 def line(text: str) -> str:
-    return f'<p class="note" role="status">{_text(text)}</p>' if text else ""
+    return f'<p class="note">{_text(text)}</p>' if text else ""
 
 
 def _status(jobs: Jobs, id: str, job: Job | None) -> str:
@@ -164,7 +164,7 @@ def _progress(jobs: Jobs, job: Job | None) -> str:
         return f"<ol>{''.join(_preparing(preparation))}</ol>" if preparation else ""
     if job.ended:
         return ""
-    preparation = jobs.engine_of(job).preparation
+    preparation = jobs.engine_for(job.preset).preparation
     share, left = jobs.share(job), jobs.left(job)
     detail = "The time left is not known yet" if left is None else f"About {duration(left)} left"
     if job.state == WAITING and jobs.ahead(job):

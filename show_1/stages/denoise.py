@@ -252,11 +252,10 @@ class Prediction:
         self.was_guided, self.age = guided, self.age + 1
         predictions = []
         for n, part in enumerate(parts):
-            clip, *others = part
-            options = dict(zip(list(inputs)[1:], others, strict=True))
+            options = dict(zip(inputs, part, strict=True))
             if self.deep[n] is not None:
                 options["deep"] = self.deep[n]
-            output = self.unet(clip, timestep, **options)
+            output = self.unet(options.pop("sample"), timestep, **options)
             predictions.append(output.sample)
             if self.reuse > 1:
                 self.deep[n] = output.deep
@@ -269,7 +268,7 @@ def fold(clip: torch.Tensor) -> torch.Tensor:
 
 
 def unfold(frames: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Return folded frames as clips of as many frames as `shape` has."""
+    """Return folded frames, (batch·frames, …), as clips, (batch, channels, frames, …), as many as `shape` has."""
     return frames.unflatten(0, (shape[0], shape[2])).transpose(1, 2) if len(shape) == 5 else frames
 
 

@@ -14,6 +14,17 @@ from show_1.text import TextEmbeddings
 SEGMENT = 5  # frames from keyframe to keyframe, both counted
 
 
+def between(ends: torch.Tensor) -> torch.Tensor:
+    """Return what the UNet is given of a segment's ends, (batch, 3, 2, height, width), beside the noise.
+
+    That is the blend of both, and a mask which is 1 where they are: (batch, 4, 5, height, width).
+    """
+    blend = F.interpolate(ends, size=(SEGMENT, *ends.shape[-2:]), mode="trilinear", align_corners=True)
+    mask = torch.zeros_like(blend[:, :1])
+    mask[:, :, [0, -1]] = 1
+    return torch.cat([blend, mask], dim=1)
+
+
 class InterpolationPipeline(Stage):
     """Fills the gaps between keyframes (arXiv 2309.15818, section 3.3)."""
 
@@ -43,9 +54,6 @@ class InterpolationPipeline(Stage):
         generators = seeded(seed)
         pairs = torch.stack([keyframes[:, :, i : i + 2] for i in range(keyframes.shape[2] - 1)], dim=1).flatten(0, 1)
         size = (SEGMENT, *keyframes.shape[-2:])
-        between = F.interpolate(pairs, size=size, mode="trilinear", align_corners=True)
-        mask = torch.zeros_like(between[:, :1])
-        mask[:, :, [0, -1]] = 1  # these frames are given
         noise = self.noise((3, *size), generators).repeat_interleave(keyframes.shape[2] - 1, dim=0)
         generators = [generator.clone_state() for generator in generators for _ in range(keyframes.shape[2] - 1)]
         segments = yield from denoise(
@@ -54,7 +62,7 @@ class InterpolationPipeline(Stage):
             noise * scheduler.init_noise_sigma,
             text,
             guidance,
-            condition=torch.cat([between, mask], dim=1),
+            condition=between(pairs),
             generators=generators,
             rows=self.rows,
             **measures,
