@@ -10,10 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from show_1 import errors, hosts, versions
+from show_1 import hosts, versions
 
 versions.require()  # first, as the imports below fail where something is too old
 hosts.prepare()
+from show_1 import errors
+
 errors.tell_plainly()
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # the page asks nothing of the outside
 

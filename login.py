@@ -9,10 +9,12 @@ import os
 import sys
 import warnings
 
-from show_1 import errors, hosts, versions
+from show_1 import hosts, versions
 
 versions.require()  # first, as the imports below fail where something is too old
 hosts.prepare()
+from show_1 import errors
+
 errors.tell_plainly()
 
 import huggingface_hub

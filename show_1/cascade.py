@@ -288,14 +288,19 @@ class Cascade:
         where = " ".join(f"--set {assignment}" for assignment in assignments)
         return dataclasses.replace(_build(Cascade, settings, where, file=self.file), about=self.about)
 
-    def models(self) -> list[tuple]:
-        """Return what decides which weights are loaded: of each table, where they are from and which."""
-        found = []
-        for stage in STAGES:
-            table, source = getattr(self, stage), self.model_source(stage)
-            source = os.path.realpath(source) if isinstance(source, Path) else source
-            found.append((source, table.revision, getattr(table, "variant", None)))
-        return found
+    def has_models_of(self, other: "Cascade") -> bool:
+        """Return whether the same weights are loaded for both; asks the disk only where they name them in two ways."""
+        named, found = [], []
+        for cascade in (self, other):
+            tables = [getattr(cascade, stage) for stage in STAGES]
+            which = [(table.revision, getattr(table, "variant", None)) for table in tables]
+            named.append((cascade.file.parent, [table.model for table in tables], which))
+        if named[0] == named[1]:
+            return True
+        for cascade, (_, _, which) in zip((self, other), named, strict=True):
+            sources = [cascade.model_source(stage) for stage in STAGES]
+            found.append((which, [os.path.realpath(s) if isinstance(s, Path) else s for s in sources]))
+        return found[0] == found[1]
 
     def stream_settings(self, stage: str) -> dict[str, Any]:
         """Return what the stream of a stage ("keyframes") takes from its table: all but models and prompts."""

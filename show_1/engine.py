@@ -132,7 +132,7 @@ def presets(cascade: Cascade) -> dict[str, Cascade]:
     for file in (*sorted(cascade.file.parent.glob("*.toml")), *sorted(BUNDLED.glob("*.toml"))):
         try:
             other = Cascade.load(file)
-            if other.models() == cascade.models():
+            if other.has_models_of(cascade):
                 found.setdefault(file.stem, other)
         except Show1Error:
             pass  # some other TOML file

@@ -357,11 +357,10 @@ class Jobs:
             with self._changed:
                 self._changed.wait_for(lambda: self._closing or self._queue(line), head_start)
             fault = self._prepare(line)
-            if not self._queue(line):
-                fault = ""  # who comes later may have better luck
         while True:
             with self._changed:
                 while not self._closing and not self._queue(line):
+                    fault = ""  # who comes later may have better luck
                     self._changed.wait()
                 if self._closing:
                     return
@@ -644,7 +643,7 @@ class Jobs:
         for file in self.folder.glob("jobs/*/job.json"):
             try:
                 job = Job(**json.loads(file.read_text(encoding="utf-8")))
-                if not all(isinstance(each, str) for each in (job.id, job.prompt, job.file, job.state)):
+                if not all(isinstance(each, str) for each in (job.id, job.prompt, job.preset, job.file, job.state)):
                     raise ValueError("it is no record of a job")
                 job.created = float(job.created)
                 found.append(job)

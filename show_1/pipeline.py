@@ -183,7 +183,7 @@ class Show1Pipeline:
 
         Raises Show1Error for those that the models or their schedulers cannot do, and for a cascade of other models.
         """
-        if cascade.models() != self.cascade.models():
+        if not cascade.has_models_of(self.cascade):
             raise Show1Error(
                 f"{cascade.name} has other models than {self.cascade.name}.",
                 "Load them: Show1Pipeline.from_cascade.",

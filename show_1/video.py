@@ -187,7 +187,7 @@ def _run_ffmpeg(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProc
     """
     try:
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-loglevel", "error", *arguments]
-        return subprocess.run(command, input=stdin, capture_output=True, start_new_session=True)
+        return subprocess.run(command, input=stdin, capture_output=True, process_group=0)
     except (OSError, RuntimeError) as error:
         raise Show1Error(f"ffmpeg cannot be run: {error}.", REINSTALL) from None
 

@@ -78,7 +78,7 @@ def serve(
             [*command, "--output-dir", outputs],
             cwd=folder,
             # One thread: the tiny cascade's steps are too small to share, and wait for each other on a busy computer.
-            env=dict(environment) | {"PATH": str(programs), "OMP_NUM_THREADS": "1"},
+            env=dict(environment) | {"PATH": str(programs), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
             stdout=file,
             stderr=subprocess.STDOUT,
         )

@@ -88,7 +88,9 @@ def test_a_ctrl_c_is_one_word(tiny_cascade, tmp_path):
     made = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     said = ""
     while "/900" not in said:
-        said += made.stderr.read(1)
+        piece = made.stderr.read(1)
+        assert piece, said
+        said += piece
     made.send_signal(signal.SIGINT)
     said, err = made.communicate(timeout=60)
     assert made.returncode == 130 and err.endswith("Cancelled.\n") and "Traceback" not in err

@@ -511,6 +511,27 @@ def test_models_that_do_not_load_are_told_and_tried_again(one_step_cascade, tmp_
         assert second.state == DONE and jobs.engine.preparation is None
 
 
+def test_a_failure_to_load_is_not_told_to_who_comes_later(one_step_cascade, tmp_path, monkeypatch):
+    real = Show1Pipeline.from_cascade
+
+    def refused(*_, **__):
+        jobs.cancel("me", first)
+        monkeypatch.setattr(Show1Pipeline, "from_cascade", real)
+        raise Show1Error("Gated.", "Log in.")
+
+    monkeypatch.setattr(Show1Pipeline, "from_cascade", refused)
+    jobs = Jobs(Cascade.load(one_step_cascade), CPU, tmp_path, 12)
+    first = jobs.submit("me", "a cat")
+    jobs.start()
+    try:
+        until(lambda: first.ended and jobs.engine.preparation.phase == "failed")
+        later = jobs.submit("me", "a dog")
+        until(lambda: later.ended)
+        assert (first.state, later.state) == (CANCELLED, DONE), later.fault
+    finally:
+        jobs.close(PATIENCE)
+
+
 # ---------------------------------------------------------------------------------------------------------- the time
 
 

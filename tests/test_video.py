@@ -313,10 +313,10 @@ def interrupt():
     time.sleep(0.05)  # until it is ffmpeg, no longer a copy of this program
     os.killpg(0, signal.SIGINT)
 
-threading.Thread(target=interrupt).start()
+threading.Thread(target=interrupt, daemon=True).start()
 video.write("video.mp4", np.random.default_rng(0).integers(256, size=(60, 160, 288, 3), dtype=np.uint8), 8, {})
 assert interrupts
 """
     where = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}}
-    subprocess.run([sys.executable, "-c", program], check=True, start_new_session=True, **where)
+    subprocess.run([sys.executable, "-c", program], check=True, start_new_session=True, timeout=60, **where)
     assert len(video.read_frames(tmp_path / "video.mp4")) == 60

@@ -48,6 +48,7 @@ const show1 = {
     },
 
     keep() {
+        if (!show1.filled) return;  // what is kept is not in the form yet
         const value = box => box.type === 'radio' ? box.checked : box.value;
         const typed = Object.entries(show1.boxes()).map(([name, box]) => [name, value(box)]);
         try {
@@ -234,8 +235,8 @@ addEventListener('popstate', () => show1.look());
 addEventListener('pagehide', show1.keep);
 // What could not be loaded, as while the server was away, is tried again.
 document.addEventListener('error', ({ target }) => {
-    if (!target.closest?.('#screen, #clips, #gallery')) return;
-    setTimeout(() => { if (target.isConnected) target.src = target.src; }, 10000);
+    const src = target.closest?.('#screen, #clips, #gallery') && target.getAttribute('src');
+    if (src) setTimeout(() => { if (target.getAttribute('src') === src) target.setAttribute('src', src); }, 10000);
 }, true);
 // A video may be dropped anywhere: the browser would leave the page for it.
 document.addEventListener('dragover', event => {
