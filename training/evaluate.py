@@ -146,14 +146,21 @@ def follow_pairs(pool: Executor, count: int) -> float:
     return round(sum(right) / count, 4)
 
 
-def other_guidance(pool: Executor, scale: float, count: int = 66) -> dict:
-    """Judge keyframes of another guidance scale alone, which takes a fraction of a video's time."""
-    chosen, tally = combinations(count), Tally()
-    prompts = [world.plain_caption(*words) for words in chosen]
-    made = pool.map(_keyframes, prompts, range(count), itertools.repeat(scale))
-    for words, verdict in zip(chosen, tqdm(made, f"guidance {scale:g}", count), strict=True):
+def keyframes_of_guidance(pool: Executor, scale: float, count: int = 66, two: int = 24) -> dict:
+    """Judge keyframes of a guidance scale alone, which takes a fraction of a video's time.
+
+    So many of one object, each keyframe also by itself ("still"), and of two ("pair").
+    """
+    chosen, tally, both = combinations(count), Tally(), pairs(two)
+    prompts = [world.plain_caption(*words) for words in (*chosen, *both)]
+    made = pool.map(_keyframes, prompts, range(len(prompts)), itertools.repeat(scale))
+    verdicts = list(tqdm(made, f"guidance {scale:g}", len(prompts)))
+    for words, verdict in zip(chosen, verdicts[:count], strict=True):
         tally.add_all(words, verdict)
-    return {aspect: tally.fractions()[aspect] for aspect in ASPECTS}
+        for seen in verdict["stills"]:
+            tally.add("still", words[0], seen == words[0])
+    right = [verdict["pair"] == set(names) for (names, *_), verdict in zip(both, verdicts[count:], strict=True)]
+    return {aspect: tally.fractions()[aspect] for aspect in (*ASPECTS, "still")} | {"pair": round(sum(right) / two, 4)}
 
 
 def seconds_a_video(pipeline: Show1Pipeline, count: int = 3) -> float:
@@ -245,9 +252,8 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=250, help="how many of one object each: five an object")
     parser.add_argument("--pairs", type=int, default=24, help="how many, of two objects each")
     parser.add_argument("--stages", type=int, default=12, help="how many true clips the stages are measured on")
-    parser.add_argument(
-        "--guidance", type=scales, default="1", metavar="A,B", help='scales to judge 66 keyframes with; "" for none'
-    )
+    told = 'scales to judge keyframes of 90 prompts with, beside the cascade\'s own; "" for none'
+    parser.add_argument("--guidance", type=scales, default="1", metavar="A,B", help=told)
     parser.add_argument("--cascade", default="mini", metavar="NAME|FILE")
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
@@ -290,7 +296,8 @@ def main() -> None:
             found["pair"] = follow_pairs(pool, arguments.pairs)
             save()
         if arguments.guidance:
-            found["guidance"] = {scale: other_guidance(pool, scale) for scale in arguments.guidance}
+            tried = sorted({pipeline.cascade.keyframes.guidance, *arguments.guidance})
+            found["guidance"] = {scale: keyframes_of_guidance(pool, scale) for scale in tried}
             save()
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
