@@ -173,7 +173,7 @@ def measure_by_measure(fast: Cascade, ours: Ours, clock: Clock, rounds: int) -> 
     rows, seconds = {}, {name: [] for name in variants}
     with keeping("the finished videos of each measure"):
         for cascade in variants.values():
-            ours.pipeline.cascade = in_few_steps(cascade)
+            ours.pipeline.cascade = in_few_steps(cascade, 12)  # all kinds of calls, also unguided ones that reuse
             whole_video(ours)
         for number in range(rounds):  # in turns, as a computer's pace changes within minutes
             for name, cascade in variants.items():
@@ -361,8 +361,8 @@ def _run(arguments: argparse.Namespace) -> None:
     # The original knows float16 and float32, and CPUs are slow in float16.
     theirs = torch.float32 if device.type == "cpu" and not arguments.dtype else dtype
     with telling_full_memory("Loading the models"):
-        # Random weights are made where there is room for all of them.
-        where = device if tier == placement.TIERS[0] else torch.device("cpu")
+        # Random weights are made where there is room for both ways' of them.
+        where = device if placement.device_memory(device)[0] > 2.2 * weights else torch.device("cpu")
         original = Original(models.load(exact, where, theirs, random), device)
         loaded = time.perf_counter()
         pipeline = models.load(cascade, where, dtype, random)

@@ -72,7 +72,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise Show1Error("The tiers share the memory of a GPU, and there is none.", "Run this where one is.")
     check_outputs(arguments.json)
     cascade = Cascade.load(arguments.cascade)
-    few = in_few_steps(cascade, steps=2)
+    few = in_few_steps(cascade, steps=3)  # the latent upscale makes two calls of three: one as ever, one recorded
     found = {
         "cascade": cascade.name,
         "weights": arguments.weights,

@@ -7,13 +7,16 @@ launches up to 2,600 kernels.
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
+
+from show_1.errors import memory_is_full
 
 log = logging.getLogger("show-1")
 
@@ -32,12 +35,16 @@ class Graphed:
 
     A recording reads the weights where they lay: once they have moved, all is recorded anew.
 
-    Where recording fails, all modules' calls go on as they were, and the log says so once.
+    Where recording fails, all modules' calls go on as they were, and the log says so once. A call that finds no room to
+    be recorded is not tried again; the others are recorded anew, as they held the memory that all share.
     """
 
     failed = False  # of the class: what one could not, the others will not be able to either
+    everyone: ClassVar["weakref.WeakSet[Graphed]"] = weakref.WeakSet()
 
     def __init__(self, module: nn.Module):
+        Graphed.everyone.add(self)
+        self.too_large: set[tuple] = set()  # kinds
         self.forward, self.weights = module.forward, list(module.parameters())
         self.addresses: list[int] = []  # of the weights, when what there is was recorded
         self.recordings: dict[tuple, Recording | None] = {}  # None: seen once, which has warmed the libraries up
@@ -50,6 +57,7 @@ class Graphed:
         kind += tuple(kwargs)
         if Graphed.failed:
             self.recordings.clear()  # their memory may be what was missing
+        if Graphed.failed or kind in self.too_large:
             return self.forward(*args, **kwargs)
         addresses = [weight.data_ptr() for weight in self.weights]
         if addresses != self.addresses:  # somebody has moved them: a recording would read what is there now
@@ -62,9 +70,15 @@ class Graphed:
             try:
                 self.recordings[kind] = record(self.forward, inputs)
             except Exception as error:  # whatever the driver and the libraries raise
-                Graphed.failed = True
-                self.recordings.clear()
-                log.warning("Goes on without CUDA graphs, slower: %s", str(error).partition("\n")[0])
+                if memory_is_full(error):
+                    self.too_large.add(kind)
+                    for each in Graphed.everyone:
+                        each.recordings.clear()
+                    torch.cuda.empty_cache()
+                else:
+                    Graphed.failed = True
+                    self.recordings.clear()
+                    log.warning("Goes on without CUDA graphs, slower: %s", str(error).partition("\n")[0])
                 return self.forward(*args, **kwargs)
         recording = self.recordings[kind]
         for held, given in zip(tree_leaves(recording.inputs), tree_leaves(inputs), strict=True):

@@ -57,7 +57,7 @@ class Repository:
         weights = hub.weights_in(self.folder, self.table, component, self.variant)
         dtype_name = "dtype" if issubclass(model_class, (T5EncoderModel, CLIPTextModel)) else "torch_dtype"
         try:
-            with _quiet():
+            with placement.BUILDING, _quiet():
                 model, info = model_class.from_pretrained(
                     self.folder / component,
                     variant=weights.variant,

@@ -563,7 +563,7 @@ def _check_dtype(device: torch.device, dtype: torch.dtype) -> None:
     if not isinstance(dtype, torch.dtype):
         raise Show1Error(f"The dtype cannot be {dtype!r}.", "Give one of torch's, as torch.float32.")
     try:
-        with telling_full_memory("Starting on the device"):
+        with placement.BUILDING, telling_full_memory("Starting on the device"):
             x = torch.ones(1, 32, 4, 4, dtype=dtype, device=device)
             torch.nn.GroupNorm(4, 32, device=device, dtype=dtype)(x)
             torch.nn.Conv2d(32, 32, 3, device=device, dtype=dtype)(x)

@@ -9,6 +9,7 @@ import gc
 import math
 import platform
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,16 +40,17 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's mallo
 class Tier:
     """One way to share a device's memory.
 
-    `memory` is the nominal memory in GB of the smallest card that runs Show-1 this way. `one_at_a_time`: T5 and the
-    UNets are on the device only while they work, so T5 leaves once the prompt is encoded. `text_by_layer`: of T5, only
-    the layer at work. `unets_by_block`: of a UNet, its middle and the down or up block at work. `prompts`: how many run
-    as one batch. `rows` and `vae_frames` are as in the stages.
+    `memory` is the nominal memory in GB of the smallest card that runs Show-1 this way. `text_by_layer`: of T5, only
+    the layer at work is on the device. `one_at_a_time`: the UNets are there only while they work. `unets_by_block`: of
+    a UNet, its middle and the down or up block at work. `prompts`: how many run as one batch. `rows` and `vae_frames`
+    are as in the stages; where UNets come by blocks, `rows` is the latent upscale's alone, as each row brings all
+    blocks once more.
     """
 
     name: str
     memory: float
-    one_at_a_time: bool = False
     text_by_layer: bool = False
+    one_at_a_time: bool = False
     unets_by_block: bool = False
     prompts: int = 1
     rows: int | None = None
@@ -61,15 +63,20 @@ class Tier:
 
 
 # Of a GPU with memory of its own, the fastest first. In GB, Show-1 in float16 is 26.2, of that T5 11.5, the largest
-# UNet 3.5, CLIP and the VAE, which always stay, 0.9. The peaks, by `python -m benchmarks.memory` on an H200, were 36,
-# 11, 8.5 and 6.5, with one prompt and all of T5 in float16, which is 9.5; the last tier's is not measured.
+# UNet 3.5, CLIP and the VAE, which always stay, 0.9. Peaks, by `python -m benchmarks.memory` on an H200, were 36 with
+# all on the GPU, one prompt and all of T5 in float16, which is 9.5, then 8.5 (12 GB) and 6.5 (8 GB); the others' are
+# not measured. T5 as one model that comes and goes, which 16 GB would hold, took 7 seconds a video more than by layer.
 TIERS = (
-    Tier("all on the GPU", 40, prompts=2, vae_frames=8),
-    Tier("one model at a time", 16, one_at_a_time=True, vae_frames=4),
-    Tier("one model at a time, T5 by layer", 12, one_at_a_time=True, text_by_layer=True, vae_frames=2),
-    Tier("one model at a time, T5 by layer, single rows", 8, one_at_a_time=True, text_by_layer=True, rows=1),
+    Tier("all on the GPU, two prompts at once", 60, prompts=2, vae_frames=8),
+    Tier("all on the GPU", 40, vae_frames=8),
+    Tier("one UNet at a time, T5 by layer", 16, text_by_layer=True, one_at_a_time=True, vae_frames=4),
+    Tier("one UNet at a time, few frames of the VAE", 12, text_by_layer=True, one_at_a_time=True, vae_frames=2),
+    Tier("one UNet at a time, single rows", 8, text_by_layer=True, one_at_a_time=True, rows=1),
     Tier("streamed", 6, text_by_layer=True, unets_by_block=True, rows=1),
 )
+# Held while models are built and their parts exchanged: diffusers and transformers meanwhile change how all modules of
+# the process get their parameters, and the default type, so that those of another thread would be left without numbers.
+BUILDING = threading.RLock()
 # Where the device computes in the computer's own memory (CPU, Apple), to move a model out would free nothing.
 IN_PLACE = Tier("in place", 36, prompts=2)
 
@@ -127,17 +134,18 @@ def place(pipeline: "Show1Pipeline", tier: Tier, device: torch.device) -> None:
         keep_freed_memory()
     stages = (pipeline.keyframes, pipeline.interpolation, pipeline.pixel_upscale, pipeline.latent_upscale)
     for stage in stages:
-        stage.rows = tier.rows
+        stage.rows = tier.rows if stage is pipeline.latent_upscale or not tier.unets_by_block else None
     pipeline.latent_upscale.vae_frames = tier.vae_frames
 
     text_encoder = pipeline.keyframes.text_encoder
     unets = [pipeline.keyframes.unet, pipeline.interpolation.unet]  # in the order in which they work
     unets += [pipeline.pixel_upscale.first_frame_unet, pipeline.pixel_upscale.unet, pipeline.latent_upscale.unet]
     if device.type != "mps":  # whose kernels know one layout
-        for model in (*unets, pipeline.latent_upscale.vae):
-            channels_last(model)
+        with BUILDING:
+            for model in (*unets, pipeline.latent_upscale.vae):
+                channels_last(model)
         sum_in_float32(pipeline.keyframes.unet)
-    coming_and_going = ([] if tier.text_by_layer else [text_encoder]) + unets if tier.one_at_a_time else []
+    coming_and_going = unets if tier.one_at_a_time else []
     where = {"onload_device": device, "offload_device": torch.device("cpu")}
     streamed = []
     if tier.text_by_layer:
@@ -166,7 +174,8 @@ def place(pipeline: "Show1Pipeline", tier: Tier, device: torch.device) -> None:
     for stage in stages:
         for model in stage.components.values():
             if isinstance(model, torch.nn.Module) and id(model) not in elsewhere:
-                model.to(device)
+                with BUILDING:
+                    model.to(device)
     if device.type == "cuda" and not elsewhere:  # a graph knows its weights by their addresses: they must stay
         for unet in unets:
             unet.forward = Graphed(unet)

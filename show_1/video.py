@@ -45,7 +45,7 @@ def to_uint8(clip: torch.Tensor) -> np.ndarray:
 def from_uint8(frames) -> torch.Tensor:
     """Return (frames, height, width, 3) images of 0…255 as a (1, 3, frames, height, width) clip in [−1, 1]."""
     stack = torch.from_numpy(np.stack([np.asarray(frame) for frame in frames]))
-    return (stack.permute(3, 0, 1, 2)[None] / 127.5) - 1
+    return stack.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
 
 
 def write(path: str | Path, frames: np.ndarray, fps: int, metadata: dict[str, Any], *, effort: str = "medium") -> None:

@@ -34,7 +34,8 @@ def pipeline(tiny_cascade) -> Show1Pipeline:
 def test_reused_features_of_the_same_step_change_nothing(family):
     unet = _unet(family)
     inputs = _inputs(unet, torch.float32)
-    full = unet(**inputs)
+    full = unet(**inputs, return_deep=True)
+    assert unet(**inputs).deep is None
     assert torch.equal(unet(**inputs, deep=full.deep).sample, full.sample)
     assert not torch.equal(unet(**inputs, deep=full.deep + 1).sample, full.sample)
 
@@ -343,7 +344,7 @@ def test_an_interrupted_memory_benchmark_keeps_its_finished_tiers(monkeypatch, c
     assert memory.main() == (0 if finished else 2)
     printed = capsys.readouterr()
     assert "The GPU's memory is full; what follows is of the finished tiers." in printed.err
-    assert ("| all on the GPU | 40 | 1.00 | 2.00 |" in printed.out) == bool(finished)
+    assert ("| all on the GPU, two prompts at once | 60 | 1.00 | 2.00 |" in printed.out) == bool(finished)
 
 
 def _page(monkeypatch, *arguments: str) -> int:

@@ -243,6 +243,23 @@ def test_prompts_without_seeds_for_all_are_refused(pipeline):
         pipeline.keyframes(text, **pipeline.cascade.stream_settings("keyframes"), seed=1)
 
 
+def test_a_default_type_that_is_another_meanwhile_changes_nothing(pipeline, result):
+    """As it is while another engine's models are loaded."""
+    torch.set_default_dtype(torch.float16)
+    try:
+        frames = pipeline(tiny.PROMPT, seed=tiny.SEED).frames
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert np.array_equal(frames, result.frames)
+
+
+def test_models_may_be_loaded_at_once(tiny_cascade):
+    """By several threads, as by a server's two engines: the libraries change meanwhile how modules are made."""
+    with ThreadPoolExecutor(3) as pool:
+        loads = [pool.submit(Show1Pipeline.from_cascade, tiny_cascade, "cpu") for _ in range(3)]
+    assert {load.result().weights for load in loads} == {Show1Pipeline.from_cascade(tiny_cascade, "cpu").weights}
+
+
 def test_a_cascade_of_other_models_is_refused(pipeline):
     with pytest.raises(Show1Error, match="Mini has other models than"):
         pipeline.with_cascade(Cascade.load("mini"))

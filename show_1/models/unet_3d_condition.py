@@ -201,9 +201,10 @@ class UNet3DConditionModel(UNet2DConditionModel):
         encoder_hidden_states: torch.Tensor,
         class_labels: torch.Tensor | None = None,
         deep: torch.Tensor | None = None,
+        return_deep: bool = False,
         return_dict: bool = True,
-    ) -> UNet3DConditionOutput | tuple[torch.Tensor, ...]:
-        """Return the prediction, (batch, out_channels, frames, height, width), and the deep features behind it.
+    ) -> UNet3DConditionOutput | tuple[torch.Tensor | None, ...]:
+        """Return the prediction, (batch, out_channels, frames, height, width); with `return_deep`, what is behind it.
 
         `sample` is (batch, in_channels, frames, height, width), noise-like, about [−1, 1] where it is clean; `timestep`
         0…999, one for all or one a clip; `encoder_hidden_states` the text, (batch, tokens, features);
@@ -244,6 +245,7 @@ class UNet3DConditionModel(UNet2DConditionModel):
         dtype = torch.promote_types(hidden_states.dtype, self.conv_norm_out.weight.dtype)
         hidden_states = self.conv_out(self.conv_act(self.conv_norm_out(hidden_states.to(dtype))))
         prediction = hidden_states.unflatten(0, (-1, num_frames)).transpose(1, 2)
+        deep = deep if return_deep else None  # it is large
         return UNet3DConditionOutput(prediction, deep) if return_dict else (prediction, deep)
 
 

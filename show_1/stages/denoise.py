@@ -181,6 +181,7 @@ def denoise(
     begin(scheduler, timesteps)
     schedulers = [scheduler, *(copy.deepcopy(scheduler) for _ in range(1, batch))]  # one a row: they remember
     predict = Prediction(unet, text, batch, noise_level, reuse, rows)
+    dtype = unet.dtype  # asked once, as diffusers looks for it through all modules
     # Others' configurations may say so, too, and yet they take the noise alone.
     learns_variance = isinstance(scheduler, DDPMScheduler) and scheduler.variance_type in ("learned", "learned_range")
     draws = "generator" in inspect.signature(scheduler.step).parameters
@@ -191,7 +192,7 @@ def denoise(
         model_input = scheduler.scale_model_input(sample, timestep)
         if condition is not None:
             model_input = torch.cat([model_input, condition], dim=1)
-        prediction = predict(model_input.to(unet.dtype), timestep, guided).to(sample.dtype)
+        prediction = predict(model_input.to(dtype), timestep, guided).to(sample.dtype)
         noise, variance = prediction[:, :channels], prediction[:, channels:]
         if guided:
             negative, positive = noise.chunk(2)
@@ -255,9 +256,11 @@ class Prediction:
             options = dict(zip(inputs, part, strict=True))
             if self.deep[n] is not None:
                 options["deep"] = self.deep[n]
+            elif self.reuse > 1:
+                options["return_deep"] = True
             output = self.unet(options.pop("sample"), timestep, **options)
             predictions.append(output.sample)
-            if self.reuse > 1:
+            if "return_deep" in options:
                 self.deep[n] = output.deep
         return predictions[0] if len(predictions) == 1 else torch.cat(predictions)
 
