@@ -1,7 +1,6 @@
 """What mini is trained on: batches of scenes of the world, with the faults that each stage is to repair."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,6 @@ NOISED = 60  # where the noise levels of an upscaler's condition end; mini's are
 OBJECT_WEIGHT = 3.0  # an error on an object counts for so much more than one on the place behind it
 SMALL_OBJECT_WEIGHT = 8.0  # more in small frames, where they are made up and moved
 FAR_MOVING = ("jumping", "spinning", "swinging", "circling")  # what is hardest to find between keyframes
-TURNING = ("spinning", "swinging")  # what is hardest to draw
 
 GPU_SCALE = 8  # times as many scenes a batch on a GPU, which would else wait for Python
 GPU_BATCHES = 8  # painted at once there
@@ -79,9 +77,10 @@ def _part(many: dict, number: int) -> dict:
     return {key: part(value) for key, value in many.items()}
 
 
-def _scenes(rng: np.random.Generator, count: int, **chosen: Any) -> tuple[list[world.Scene], list[str]]:
-    """Return scenes and their captions, of which some are emptied; `chosen` is `world.sample`'s."""
-    scenes = [world.sample(rng, **chosen) for _ in range(count)]
+def _scenes(
+    rng: np.random.Generator, count: int, motions: tuple[str, ...] = tuple(world.MOTIONS)
+) -> tuple[list[world.Scene], list[str]]:
+    scenes = [world.sample(rng, motions=motions) for _ in range(count)]
     return scenes, ["" if rng.random() < TEXT_DROPPED else scene.caption for scene in scenes]
 
 
@@ -158,15 +157,10 @@ def _cut(rng: np.random.Generator, batch: dict, side: int) -> dict:
 
 def pictures(rng: np.random.Generator, scale: int = 1, count: int = 20) -> dict:
     """Whole frames: from squares of them the model learns to put the thing that is asked for into every square."""
-    scenes, captions = _scenes(rng, count * scale, **_hard(rng))
+    scenes, captions = _scenes(rng, count * scale)
     times = _moments(rng, scenes)
     painted = _painted(scenes, SMALL, times, SMALL_OBJECT_WEIGHT)
     return {key: value[:, :, 0] for key, value in painted.items()} | {"captions": captions}
-
-
-def _hard(rng: np.random.Generator) -> dict[str, Any]:
-    """Choose hard things more often, and every fourth time only what turns."""
-    return {"hard": 2.5} | ({"motions": TURNING} if rng.random() < 0.25 else {})
 
 
 def _moments(rng: np.random.Generator, scenes: list[world.Scene]) -> torch.Tensor:
@@ -176,7 +170,7 @@ def _moments(rng: np.random.Generator, scenes: list[world.Scene]) -> torch.Tenso
 
 def keyframe_clips(rng: np.random.Generator, scale: int = 1) -> dict:
     """A batch of clips, and of pictures: many more things are seen so in the time that clips alone would take."""
-    scenes, captions = _scenes(rng, 4 * scale, **_hard(rng))
+    scenes, captions = _scenes(rng, 4 * scale)
     stills = pictures(rng, scale, 16)
     clips = _painted(scenes, SMALL, KEYFRAME_TIMES, SMALL_OBJECT_WEIGHT)
     return clips | {"captions": captions, "pictures": stills}
@@ -213,7 +207,7 @@ def segments(rng: np.random.Generator, scale: int = 1, *, redrawn: Redrawn) -> d
         painted = _painted(scenes, SMALL, times, SMALL_OBJECT_WEIGHT)
         ends = _drawn_at(clips, times, 2, every=EVERY)
     else:
-        scenes, captions = _scenes(rng, 4 * scale, **({"motions": FAR_MOVING} if rng.random() < 0.5 else {}))
+        scenes, captions = _scenes(rng, 4 * scale, FAR_MOVING if rng.random() < 0.5 else tuple(world.MOTIONS))
         times = _window(rng, scenes, SEGMENT, every=EVERY)
         painted = _painted(scenes, SMALL, times, SMALL_OBJECT_WEIGHT)
         ends = painted["clean"][:, :, [0, -1]]
