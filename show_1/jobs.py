@@ -59,7 +59,7 @@ CHANGEABLE = {stage: ("steps", "guidance") for stage in STAGES}
 CHANGEABLE["latent_upscale"] += ("negative_prompt",)
 TRIES = 2  # how often a job is begun: one that took the server down twice would do so for ever
 CLIP_HEIGHT = 160  # small clips are enlarged to about this, as players would blur them
-PREVIEW_PAUSE = 0.7  # seconds from one preview to the next
+PREVIEW_PAUSE = 0.6  # seconds from one preview to the next
 WATCHED = 3.0  # seconds after a look at a job in which previews are drawn for it
 log = logging.getLogger("show-1")
 
