@@ -92,8 +92,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         raise Show1Error("--mcp does not go with --auth: assistants cannot log in.", "Leave one of them out.")
     notes: list[str] = []
     lock = _lock(outputs)  # kept until the end
-    where = arguments.memory, arguments.models, arguments.offline
-    jobs = Jobs(cascade, device, outputs, arguments.queue_size, *where)
+    jobs = Jobs(cascade, device, outputs, arguments.queue_size, arguments.memory, arguments.models, arguments.offline)
     page = build(jobs, notes)
     gr.set_static_paths([outputs / "jobs"])  # what is served, and not copied; nothing else that the folder may hold
     _launch(

@@ -290,17 +290,19 @@ class Cascade:
 
     def has_models_of(self, other: "Cascade") -> bool:
         """Return whether the same weights are loaded for both; asks the disk only where they name them in two ways."""
-        named, found = [], []
-        for cascade in (self, other):
+
+        def named(cascade: Cascade) -> list[tuple]:
             tables = [getattr(cascade, stage) for stage in STAGES]
-            which = [(table.revision, getattr(table, "variant", None)) for table in tables]
-            named.append((cascade.file.parent, [table.model for table in tables], which))
-        if named[0] == named[1]:
-            return True
-        for cascade, (_, _, which) in zip((self, other), named, strict=True):
+            return [(table.model, table.revision, getattr(table, "variant", None)) for table in tables]
+
+        def found(cascade: Cascade) -> list[tuple]:
             sources = [cascade.model_source(stage) for stage in STAGES]
-            found.append((which, [os.path.realpath(s) if isinstance(s, Path) else s for s in sources]))
-        return found[0] == found[1]
+            sources = [os.path.realpath(source) if isinstance(source, Path) else source for source in sources]
+            return [(source, *which) for source, (_, *which) in zip(sources, named(cascade), strict=True)]
+
+        if self.file.parent == other.file.parent and named(self) == named(other):
+            return True
+        return found(self) == found(other)
 
     def stream_settings(self, stage: str) -> dict[str, Any]:
         """Return what the stream of a stage ("keyframes") takes from its table: all but models and prompts."""

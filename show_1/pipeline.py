@@ -460,7 +460,7 @@ class Request:
 
 def _alone(batch: torch.Tensor, row: int) -> torch.Tensor:
     """Return a row of a batch, (1, …), on the CPU and in memory of its own."""
-    return batch[row : row + 1].cpu().clone(memory_format=torch.contiguous_format)
+    return batch[row : row + 1].to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _inputs(channels: int, text: int, noise_level: bool) -> str:

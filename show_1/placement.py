@@ -74,8 +74,8 @@ TIERS = (
     Tier("one UNet at a time, single rows", 8, text_by_layer=True, one_at_a_time=True, rows=1),
     Tier("streamed", 6, text_by_layer=True, unets_by_block=True, rows=1),
 )
-# Held while models are built and their parts exchanged: diffusers and transformers meanwhile change how all modules of
-# the process get their parameters, and the default type, so that those of another thread would be left without numbers.
+# Held where modules are given parameters: while diffusers and transformers load, they change for the whole process how
+# that is done, so that what another thread builds meanwhile would be left without numbers.
 BUILDING = threading.RLock()
 # Where the device computes in the computer's own memory (CPU, Apple), to move a model out would free nothing.
 IN_PLACE = Tier("in place", 36, prompts=2)
@@ -174,8 +174,7 @@ def place(pipeline: "Show1Pipeline", tier: Tier, device: torch.device) -> None:
     for stage in stages:
         for model in stage.components.values():
             if isinstance(model, torch.nn.Module) and id(model) not in elsewhere:
-                with BUILDING:
-                    model.to(device)
+                model.to(device)
     if device.type == "cuda" and not elsewhere:  # a graph knows its weights by their addresses: they must stay
         for unet in unets:
             unet.forward = Graphed(unet)

@@ -103,9 +103,9 @@ def _replay(arguments: argparse.Namespace) -> int:
     cascade = _with_models(settings["cascade"], local, arguments.file)
     device = _device(settings, arguments.device)
     dtype = getattr(torch, settings["dtype"], None)
+    dtype = dtype if isinstance(dtype, torch.dtype) else None
     print(f"{cascade.name} on {device.type}: loading", file=sys.stderr)
     with DownloadBar() as bar:
-        dtype = dtype if isinstance(dtype, torch.dtype) else None
         pipeline = Show1Pipeline.from_cascade(cascade, device, dtype, report=bar)
 
     frames, fps = _frames(pipeline, settings)

@@ -101,13 +101,10 @@ class Calibration:
     def has_all(self, cascade: Cascade) -> bool:
         return all(_key(cascade, phase) in self.known for phase in PHASES)
 
-    def learn(self, cascade: Cascade, phase: str, cost: Cost, anew: bool = False) -> None:
-        """Take what a phase has cost into the mean of the last times: one video may be slow for reasons of its own.
-
-        Or `anew`, in the place of what was known.
-        """
+    def learn(self, cascade: Cascade, phase: str, cost: Cost) -> None:
+        """Take what a phase has cost into the mean of the last times: one video may be slow for reasons of its own."""
         key = _key(cascade, phase)
-        before = cost if anew else self.known.get(key, cost)
+        before = self.known.get(key, cost)
         self.known[key] = Cost(*((old + new) / 2 for old, new in zip(astuple(before), astuple(cost), strict=True)))
 
     def loading(self, cascade: Cascade) -> float | None:
@@ -254,8 +251,8 @@ def rehearse(pipeline: Show1Pipeline, calibration: Calibration) -> Iterator[floa
             if learned := forecast.follow(event, time.monotonic()):
                 phase, cost = learned
                 more = _work(pipeline.cascade, phase) / _work(cascade, phase)  # so few steps may be guided more often
-                # In the place of an earlier one's, which warmed all up.
-                calibration.learn(pipeline.cascade, phase, dataclasses.replace(cost, step=more * cost.step), anew=True)
+                # Not into a mean: what was before it warmed all up.
+                calibration.known[_key(pipeline.cascade, phase)] = dataclasses.replace(cost, step=more * cost.step)
             if (left := forecast.left(time.monotonic())) is not None:
                 yield left
 

@@ -182,8 +182,8 @@ def slug(prompt: str) -> str:
 def _run_ffmpeg(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess:
     """Run ffmpeg to its end.
 
-    A Ctrl-C in the terminal is for us alone: the server ends only after what it writes. `subprocess.run` kills ffmpeg
-    where the exception that it is here comes out.
+    A Ctrl-C in the terminal does not reach it: a server ends after what it writes. In a command that is an exception
+    here, and `subprocess.run` kills ffmpeg then.
     """
     try:
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-nostdin", "-loglevel", "error", *arguments]

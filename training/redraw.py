@@ -36,6 +36,7 @@ class Redrawn:
 
     def __init__(self, mini: Path, device: torch.device, dtype: torch.dtype, fresh: float, interpolated: bool):
         self.mini, self.device, self.dtype, self.fresh, self.interpolated = mini, device, dtype, fresh, interpolated
+        self.cascade = Cascade.load("mini")
         self.kept: deque[tuple[world.Scene, torch.Tensor]] = deque(maxlen=KEPT)
         self.rng: np.random.Generator | None = None
 
@@ -56,18 +57,18 @@ class Redrawn:
         """Loaded where it is first used, as the other is: on a CPU in the process that makes the batches."""
         folders = {"keyframes": self.mini / "show-1-base"}
         with CPU:
-            return load_keyframes(Cascade.load("mini"), folders, self.dtype).to(self.device)
+            return load_keyframes(self.cascade, folders, self.dtype).to(self.device)
 
     @functools.cached_property
     def interpolation(self) -> InterpolationPipeline:
         folders = {"interpolation": self.mini / "show-1-interpolation"}
         with CPU:
-            return load_interpolation(Cascade.load("mini"), folders, self.dtype).to(self.device)
+            return load_interpolation(self.cascade, folders, self.dtype).to(self.device)
 
     @torch.no_grad()
     def draw(self, scenes: list[world.Scene], noise_level: int) -> torch.Tensor:
         """Return scenes, drawn on from true keyframes noised to 0…999: (scenes, 3, 29 or 8, height, width)."""
-        cascade, keyframes = Cascade.load("mini"), self.keyframes
+        cascade, keyframes = self.cascade, self.keyframes
         size = cascade.keyframes.height, cascade.keyframes.width
         clean = world.render(scenes, *size, TIMES[::EVERY]).to(self.device)
         noise = share_noise(torch.randn_like(clean), torch.randn_like(clean[:, :, :1]), cascade.keyframes.shared_noise)

@@ -25,7 +25,7 @@ from show_1.models.group_norm import GroupNorm
 
 @dataclass
 class UNet3DConditionOutput(BaseOutput):
-    """The prediction, (batch, out_channels, frames, height, width), and what a later call may be given as `deep`.
+    """The prediction, (batch, out_channels, frames, height, width), and what a later call may be given, if asked for.
 
     `deep` is (batch·frames, channels, height, width): the hidden states that enter the last up block.
     """
@@ -204,7 +204,7 @@ class UNet3DConditionModel(UNet2DConditionModel):
         return_deep: bool = False,
         return_dict: bool = True,
     ) -> UNet3DConditionOutput | tuple[torch.Tensor | None, ...]:
-        """Return the prediction, (batch, out_channels, frames, height, width); with `return_deep`, what is behind it.
+        """Return the prediction, (batch, out_channels, frames, height, width), or with `return_deep` more: see the output.
 
         `sample` is (batch, in_channels, frames, height, width), noise-like, about [−1, 1] where it is clean; `timestep`
         0…999, one for all or one a clip; `encoder_hidden_states` the text, (batch, tokens, features);

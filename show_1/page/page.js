@@ -56,7 +56,7 @@ const show1 = {
         } catch {}  // nothing may be kept here
     },
 
-    fillIn() {
+    async fillIn() {
         show1.filled = true;
         let typed = [];
         try {
@@ -74,10 +74,9 @@ const show1 = {
             }
             return typed.some(([name]) => !boxes[name]);
         };
-        if (fill()) {  // those under Advanced are drawn only once it is open
-            document.querySelector('#form .label-wrap').click();
-            setTimeout(fill, 300);
-        }
+        if (!fill()) return;
+        document.querySelector('#form .label-wrap').click();  // those under Advanced are drawn only once it is open
+        for (let tries = 0; tries < 40 && fill(); tries++) await new Promise(done => setTimeout(done, 50));
     },
 
     // One look, past Gradio's events: the status of their outputs would cost more than all else here (measured).
