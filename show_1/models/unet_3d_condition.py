@@ -204,13 +204,13 @@ class UNet3DConditionModel(UNet2DConditionModel):
         return_deep: bool = False,
         return_dict: bool = True,
     ) -> UNet3DConditionOutput | tuple[torch.Tensor | None, ...]:
-        """Return the prediction, (batch, out_channels, frames, height, width), or with `return_deep` more: see the output.
+        """Return the prediction, (batch, out_channels, frames, height, width).
 
         `sample` is (batch, in_channels, frames, height, width), noise-like, about [−1, 1] where it is clean; `timestep`
         0…999, one for all or one a clip; `encoder_hidden_states` the text, (batch, tokens, features);
         `class_labels` the noise level of the condition, (batch,) in 0…999, for the pixel upscale alone.
 
-        With `deep`, another step's deep features, only the first down block and the last up block are computed
+        With `return_deep` the deep features come with it. With `deep`, another step's, only the first down block and the last up block are computed
         (DeepCache, arXiv 2312.00858): a prediction that is nearly right, at a fraction of the work.
         """
         num_frames = sample.shape[2]
