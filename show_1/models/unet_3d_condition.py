@@ -210,8 +210,9 @@ class UNet3DConditionModel(UNet2DConditionModel):
         0…999, one for all or one a clip; `encoder_hidden_states` the text, (batch, tokens, features);
         `class_labels` the noise level of the condition, (batch,) in 0…999, for the pixel upscale alone.
 
-        With `return_deep` the deep features come with it. With `deep`, another step's, only the first down block and the last up block are computed
-        (DeepCache, arXiv 2312.00858): a prediction that is nearly right, at a fraction of the work.
+        With `return_deep` the deep features come with it. With `deep`, another step's, only the first down block and
+        the last up block are computed (DeepCache, arXiv 2312.00858): a prediction that is nearly right, at a fraction
+        of the work.
         """
         num_frames = sample.shape[2]
         if self.config.center_input_sample:
