@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse, urlunparse
 
 from show_1 import hosts, versions
 
@@ -21,6 +22,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # the page asks noth
 
 import filelock
 import gradio as gr
+from gradio import networking
 
 from show_1 import Cascade, Show1Error
 from show_1.errors import exit_code, first_line
@@ -97,7 +99,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     gr.set_static_paths([outputs / "jobs"])  # what is served, and not copied; nothing else that the folder may hold
     _launch(
         page,
-        share=arguments.share,
+        share=False,  # see `_tunnel`
         auth=auth,
         server_name=f"[{host}]" if ":" in (host := arguments.server_name.strip("[]")) else host,
         server_port=arguments.port or None,
@@ -109,9 +111,9 @@ def _serve(arguments: argparse.Namespace) -> None:
         prevent_thread_lock=True,
         **STYLE,
     )
-    page.share = False  # the link is there; Gradio's page for it would load its script from another server (6.31)
+    public = _tunnel(page) if arguments.share else None
     jobs.start(head_start=3)  # not before: loading would keep the page from answering
-    if arguments.share and not page.share_url:
+    if arguments.share and not public:
         notes.append(
             "<strong>There is no public link: the tunnel could not be made.</strong> The page works at "
             f"{page.local_url} on the computer that runs it; for others, start it with "
@@ -144,6 +146,27 @@ def _launch(page: gr.Blocks, **settings: Any) -> None:
             f"The page does not answer on this computer: {first_line(error)}.",
             "Set NO_PROXY=127.0.0.1 if there is a proxy, or try again when the computer is less busy.",
         ) from error
+
+
+def _tunnel(page: gr.Blocks) -> str | None:
+    """Return a public address of the page, None where none can be had; the terminal is told.
+
+    `launch(share=True)` would make one, but its page then loads its script from another server (Gradio 6.31).
+    """
+    try:
+        address = networking.setup_tunnel(
+            local_host=page.server_name,
+            local_port=page.server_port,
+            share_token=page.share_token,
+            share_server_address=page.share_server_address,
+            share_server_tls_certificate=page.share_server_tls_certificate,
+        )
+    except Exception as error:  # of the network, or of the program that is fetched for it
+        print(f"* There is no public link: {first_line(error)}.", flush=True)
+        return None
+    address = urlunparse((page.share_server_protocol, *urlparse(address)[1:]))
+    print(f"* Running on public URL: {address}", flush=True)
+    return address
 
 
 def _lock(outputs: Path) -> filelock.BaseFileLock:

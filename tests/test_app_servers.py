@@ -218,22 +218,26 @@ def test_where_there_is_no_tunnel_the_page_says_so(one_step_cascade, tmp_path, b
 
 
 def test_a_public_link_loads_nothing_from_outside_either(one_step_cascade, tmp_path):
-    """Gradio has a page of its own for it, whose script is elsewhere."""
+    """Gradio has a page of its own for it, whose script is elsewhere; neither it, nor while the link is being made."""
     program = tmp_path / "app.py"
     program.write_text(f"""
-import runpy, sys
+import runpy, sys, time
 from gradio import networking
 
-networking.setup_tunnel = lambda **_: "https://made-up.gradio.live"
+def setup_tunnel(**_):
+    time.sleep(2)
+    return "https://made-up.gradio.live"
+
+networking.setup_tunnel = setup_tunnel
 sys.path.insert(0, {str(APP.parent)!r})
 runpy.run_path({str(APP)!r}, run_name="__main__")
 """)
     with serve(one_step_cascade, tmp_path, "--share", program=program) as server:
-        wait = time.monotonic() + PATIENCE
+        pages, end = [urlopen(server.url).read().decode()], time.monotonic() + PATIENCE
         while "https://made-up.gradio.live" not in server.log.read_text():
-            assert time.monotonic() < wait
+            assert time.monotonic() < end
             time.sleep(0.1)
-        time.sleep(1)  # until it is told that the link is there
-        whole = urlopen(server.url).read().decode()
-        sources = re.findall(r"""(?:src|href)=["']?(https?://[^"'> ]+)""", whole)
-        assert "<script" in whole and [source for source in sources if not source.startswith(server.url)] == []
+        pages.append(urlopen(server.url).read().decode())
+        for page in pages:
+            sources = re.findall(r"""(?:src|href)=["']?(https?://[^"'> ]+)""", page)
+            assert "<script" in page and [source for source in sources if not source.startswith(server.url)] == []
