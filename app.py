@@ -76,7 +76,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         keep_freed_memory()  # before there are the threads that make videos
     if arguments.memory is not None:
         parse_memory(arguments.memory, device_memory(device)[1])
-    cascade = Cascade.load(arguments.cascade or default_cascade(device))
+    cascade = Cascade.load(default_cascade(device) if arguments.cascade is None else arguments.cascade)
     outputs = Path(os.path.realpath(arguments.output_dir))  # where resolve() would raise for a link to itself
     try:
         outputs.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,9 @@ def main() -> int:
     parser.add_argument("--token", help="better leave it out and be asked, or set HF_TOKEN: here it can be seen")
     parser.add_argument("--check", action="store_true", help="save nothing, only say how things are")
     parser.add_argument("--cascade", metavar="NAME|FILE", default="show-1", help="whose models; default: show-1")
-    arguments = parser.parse_args()
+    arguments, others = parser.parse_known_args()
+    if others:  # not to be shown: one may be the token
+        parser.error("only these flags are known, and a token comes after --token")
     return exit_code(lambda: _run(arguments))
 
 

@@ -4,14 +4,18 @@ What the hub answers, and in which words, is told in https://huggingface.co/docs
 answers; where its words change, the sentences here become less exact, not wrong.
 """
 
+import contextlib
+import math
 import re
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
-from httpx2 import RequestError, TimeoutException
+from httpx2 import RequestError, TimeoutException, UnsupportedProtocol
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -45,7 +49,7 @@ def check_form(token: str) -> str:
     remedy = f"Copy it whole, in one piece, from {TOKENS}."
     if len(token.split()) > 1:
         raise Show1Error("The token has a line break or a space in it.", remedy)
-    if not re.fullmatch(r"hf_\w+", token, re.ASCII):
+    if not re.fullmatch(r"hf_[\w.-]+", token, re.ASCII):  # those of a log-in by the browser have dots and hyphens
         raise Show1Error('This is no Hugging Face token: one begins with "hf_", then come letters and digits.', remedy)
     return token
 
@@ -54,11 +58,12 @@ def account(token: str) -> Account:
     """Return whose token this is; raise Show1Error if the hub does not accept it or does not answer."""
     try:
         user = in_time(lambda: HfApi().whoami(token))
+        grants = (user.get("auth") or {}).get("accessToken") or {}
+        fine_grained = grants.get("fineGrained") or {}
+        reads_gated = grants.get("role") != "fineGrained" or bool(fine_grained.get("canReadGatedRepos"))
+        return Account(user["name"], reads_gated)
     except Exception as error:
         raise explain(error, "the account of the token") from error
-    grants = (user.get("auth") or {}).get("accessToken") or {}
-    fine_grained = grants.get("fineGrained") or {}
-    return Account(user["name"], grants.get("role") != "fineGrained" or bool(fine_grained.get("canReadGatedRepos")))
 
 
 def check_model(repository: str, token: str | None, account: Account | None = None) -> None:
@@ -81,7 +86,8 @@ def explain(error: Exception, what: str, repository: str = "", *, reads_gated: b
     subject = what[0].upper() + what[1:]
     page = f"{SITE}/{repository}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    words = ((getattr(error, "server_message", None) or "") if status else "").lower()
+    said = (getattr(error, "server_message", None) or "") if status else ""
+    words = said.lower()
     if isinstance(error, Show1Error):
         return error
     if isinstance(error, OfflineModeIsEnabled):
@@ -95,28 +101,12 @@ def explain(error: Exception, what: str, repository: str = "", *, reads_gated: b
             f"and save it; if you have not yet, open {page} too and accept its licence.",
         )
     if isinstance(error, GatedRepoError):
-        if status == 401:
-            return Show1Error(
-                f"{subject} is gated, and nobody is logged in here.",
-                f"Open {page}, accept its licence by “Agree and access repository”, then log in: python login.py.",
-            )
-        if "awaiting" in words:
-            return Show1Error(
-                f"{subject} is gated, and your request for it waits for its authors.",
-                f"Wait for their answer; {SITE}/settings/gated-repos shows how it stands.",
-            )
-        if "rejected" in words:
-            return Show1Error(
-                f"{subject} is gated, and its authors have declined your request.",
-                f"Ask them on {page}/discussions, or name another model in the cascade.",
-            )
-        return Show1Error(
-            f"{subject} is gated, and your account has not asked for it yet.",
-            f"Open {page} as the account of the token, and accept its licence by “Agree and access repository”.",
-        )
+        return _explain_gate(subject, page, status, words)
     if isinstance(error, RevisionNotFoundError):
         return Show1Error(f"{subject} has no such revision at the hub.", "Correct the table's `revision`.")
-    if isinstance(error, RepositoryNotFoundError | HFValidationError):
+    of_token = status == 401 and ("token" in words or "credentials" in words)  # which may come as no such repository
+    at_api = status == 404 and error.response.url.path.startswith("/api/")
+    if (isinstance(error, RepositoryNotFoundError | HFValidationError) or at_api) and not of_token:
         return Show1Error(
             f"The hub does not have {what}, or it is private; nor is it a folder here.",
             "Correct the table's `model`, or log in with an account that may see it: python login.py.",
@@ -126,6 +116,12 @@ def explain(error: Exception, what: str, repository: str = "", *, reads_gated: b
         return Show1Error(
             f"The hub does not accept the token (401): {why}.",
             f"Make a new one at {TOKENS}, then log in again: python login.py.",
+        )
+    if status == 403:
+        because = ": " + said.splitlines()[0].rstrip(".") if said else ""
+        return Show1Error(
+            f"The hub refuses to give {what} (403){because}.",
+            f"Open {page} as the account of the token, and see what it says." if repository else f"Look at {TOKENS}.",
         )
     if status == 429:
         return Show1Error(
@@ -143,6 +139,11 @@ def explain(error: Exception, what: str, repository: str = "", *, reads_gated: b
             f"The hub fails ({status}) when asked for {what}.",
             "Start again in some minutes: what has come is kept.",
         )
+    if isinstance(error, UnsupportedProtocol):
+        return Show1Error(
+            f"The hub's address is none: {constants.ENDPOINT or 'it is empty'}.",
+            "Correct HF_ENDPOINT, which begins with https://, or unset it.",
+        )
     if status is None and isinstance(error, RequestError | TimeoutError):
         silent = isinstance(error, TimeoutException | TimeoutError)
         why = "it does not answer" if silent else re.sub(r"^\[.*?\] *", "", first_line(error))
@@ -151,7 +152,36 @@ def explain(error: Exception, what: str, repository: str = "", *, reads_gated: b
             "Connect to the internet and start again (what has come is kept), or choose a cascade that is here: "
             "--cascade mini.",
         )
+    # JSON that is none, or of another kind:
+    if status is None and isinstance(error, ValueError | KeyError | TypeError | AttributeError):
+        return Show1Error(
+            f"The hub's answer about {what} cannot be understood.",
+            "A proxy or a log-in page may stand in between: open a page of the hub in a browser, and try again.",
+        )
     return Show1Error(f"Fetching {what} failed: {first_line(error)}.", "Try again: what has come is kept.")
+
+
+def _explain_gate(subject: str, page: str, status: int, words: str) -> Show1Error:
+    """Return what a gated model's answer, in lower case, means."""
+    if status == 401:
+        return Show1Error(
+            f"{subject} is gated, and nobody is logged in here.",
+            f"Open {page}, accept its licence by “Agree and access repository”, then log in: python login.py.",
+        )
+    if "awaiting" in words:
+        return Show1Error(
+            f"{subject} is gated, and your request for it waits for its authors.",
+            f"Wait for their answer; {SITE}/settings/gated-repos shows how it stands.",
+        )
+    if "rejected" in words:
+        return Show1Error(
+            f"{subject} is gated, and its authors have declined your request.",
+            f"Ask them on {page}/discussions, or name another model in the cascade.",
+        )
+    return Show1Error(
+        f"{subject} is gated, and your account has not asked for it yet.",
+        f"Open {page} as the account of the token, and accept its licence by “Agree and access repository”.",
+    )
 
 
 def retry_after(error: Exception) -> int | None:
@@ -162,6 +192,8 @@ def retry_after(error: Exception) -> int | None:
     after, limit = headers.get("Retry-After", ""), parse_ratelimit_headers(headers)
     if after.isdigit():
         return int(after)
+    with contextlib.suppress(ValueError):  # it may be a date as well
+        return max(0, math.ceil(parsedate_to_datetime(after).timestamp() - time.time()))
     return limit.reset_in_seconds if limit and limit.remaining == 0 else None
 
 
@@ -172,9 +204,13 @@ def _shown(seconds: int | None) -> str:
 
 
 def kept_token() -> str | None:
-    """Return the token that huggingface_hub keeps, or None; raise Show1Error where its file cannot be read."""
+    """Return the token that huggingface_hub keeps, or None; raise Show1Error where its file cannot be read.
+
+    Or where the token could not be sent: what complains of that shows it.
+    """
     try:
-        return get_token()
+        token = get_token()
+        return token if token is None or re.fullmatch("[!-~]+", token) else check_form(token)
     except (OSError, UnicodeDecodeError) as error:
         raise Show1Error(
             f"The token cannot be read from {constants.HF_TOKEN_PATH}: {first_line(error)}.",

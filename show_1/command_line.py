@@ -4,8 +4,8 @@ import argparse
 import itertools
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -68,9 +68,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    with nullcontext() if arguments.out else _folder(OUTPUTS):
+        _make(arguments)
+
+
+def _make(arguments: argparse.Namespace) -> None:
     seed = draw_seed() if arguments.seed is None else _whole_number(arguments.seed)
     device = check_device(arguments.device)
-    cascade = Cascade.load(arguments.cascade or default_cascade(device)).override(arguments.set)
+    cascade = Cascade.load(default_cascade(device) if arguments.cascade is None else arguments.cascade)
+    cascade = cascade.override(arguments.set)
     prompts = [arguments.prompt, *arguments.also]
     if arguments.also and (arguments.out or arguments.save_stages):
         raise Show1Error(
@@ -78,8 +84,6 @@ def _run(arguments: argparse.Namespace) -> None:
             "Leave them out: each video gets a name of its own. Or give the prompts one at a time.",
         )
     outs: list[Path] = []
-    for prompt in prompts:
-        check_request(prompt, seed, None)  # before a folder is made for them
     for prompt in prompts:
         outs.append(arguments.out or _free_name(prompt, seed, outs))
         check_request(prompt, seed, outs[-1])
@@ -120,12 +124,24 @@ def _whole_number(text: str) -> int:
         raise Show1Error(f"The seed cannot be {text!r}.", f"Give a whole number from 0 to {MAX_SEED}.") from None
 
 
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Have a folder meanwhile; it stays if it was there before, or if something has been written to it."""
+    with writing(path):
+        made = not path.exists()
+        path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if made:
+            with suppress(OSError):
+                path.rmdir()
+
+
 def _free_name(prompt: str, seed: int, taken: Sequence[Path]) -> Path:
     stem = f"{slug(prompt)}-{seed}"
     names = (f"{stem}{suffix}.mp4" for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
-    with writing(OUTPUTS):
-        OUTPUTS.mkdir(parents=True, exist_ok=True)
-        return next(OUTPUTS / name for name in names if not (OUTPUTS / name).exists() and OUTPUTS / name not in taken)
+    return next(OUTPUTS / name for name in names if not (OUTPUTS / name).exists() and OUTPUTS / name not in taken)
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path, only_try: bool = False) -> None:

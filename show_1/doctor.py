@@ -60,11 +60,11 @@ def _run(cascade: Cascade, models: Path | None, offline: bool) -> int:
 
 def examine(cascade: Cascade, models: Path | None = None, offline: bool = False) -> Iterator[Finding]:
     """Yield what is found, in the order in which people set things up; nothing is fetched or written."""
-    offline = offline or is_offline_mode()
     from_hub = models is None and any(isinstance(cascade.model_source(table), str) for table in COMPONENTS)
+    asking = from_hub and not (offline or is_offline_mode())
     # All at once: the hub may be far, and torch takes seconds to import.
     placement = access.in_background(lambda: importlib.import_module("show_1.placement"))
-    token = access.in_background(_token) if from_hub and not offline else None
+    token = access.in_background(_token) if asking else None
     look = functools.partial(_find, cascade, models=models, offline=offline)
     looks = [access.in_background(functools.partial(look, table)) for table in COMPONENTS]
     yield _versions()
@@ -78,7 +78,7 @@ def examine(cascade: Cascade, models: Path | None = None, offline: bool = False)
         yield finding if needed else dataclasses.replace(finding, good=True)
     for _, finding in models_found:
         yield finding
-    if from_hub and not offline:
+    if asking:
         yield _disk(found, complete)
     # Of what is out of reach, suppose that it is large, as the models at the hub are.
     yield _device(placement.result(), cascade, sum(model.size for model in found) if complete else None)
@@ -148,9 +148,9 @@ def _disk(found: Sequence[Model], complete: bool) -> Finding:
     says = f"{gigabytes(free)} free at {cache}, {gigabytes(missing)} to fetch"
     says += "." if complete else ", and what is out of reach now."
     if free < missing:
-        return Finding("disk", False, f"{says} Free some space, or set HF_HOME to a folder on a larger disk.")
+        return Finding("disk", False, f"{says} Free some space, or set HF_HUB_CACHE to a folder on a larger disk.")
     if missing and not os.access(disk, os.W_OK):
-        return Finding("disk", False, f"{cache} cannot be written to. Set HF_HOME to a folder that can be.")
+        return Finding("disk", False, f"{cache} cannot be written to. Set HF_HUB_CACHE to a folder that can be.")
     return Finding("disk", True, says)
 
 

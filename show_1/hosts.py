@@ -47,7 +47,13 @@ def prepare() -> None:
 
     Only the models: the token stays where huggingface_hub keeps it, for a whole team reads Paperspace's storage. Who
     has chosen a place, by HF_HOME or HF_HUB_CACHE, keeps it.
+
+    What is set but empty, as containers have it, is unset: huggingface_hub would keep the token in the folder it is
+    called from.
     """
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT"):
+        if not os.environ.get(name):
+            os.environ.pop(name, None)
     storage = detect().storage
     if storage and not os.environ.keys() & {"HF_HOME", "HF_HUB_CACHE"}:
         os.environ["HF_HUB_CACHE"] = str(storage / "models")

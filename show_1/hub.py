@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from httpx2 import ConnectError, RemoteProtocolError, TimeoutException, TransportError
+from httpx2 import ConnectError, RemoteProtocolError, TimeoutException, TransportError, UnsupportedProtocol
 from huggingface_hub import constants, get_session, hf_hub_url, is_offline_mode, model_info, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
@@ -33,6 +33,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_s
 from show_1.access import PATIENCE, explain, in_background, in_time, kept_token, retry_after
 from show_1.cascade import Cascade
 from show_1.errors import Show1Error
+from show_1.files import write_atomically
 
 # The subfolders of a stage's repository that are used. T5 is taken once, from the keyframes; the others' copies of it,
 # feature extractors, safety checkers and watermarkers are left on the hub.
@@ -203,6 +204,9 @@ def find(
     if isinstance(source, Path):
         check_complete(source, table, weights)
         return Model(table, source, _size(source, table, weights))
+    what, folder = f"the model {source} of [{table}]", cascade.file.parent / source
+    if folder.parent.is_dir():  # it may have been meant
+        what += f" (there is no folder {folder})"
     here = _fetched_before(source, revision, table, weights)
     read_only = os.path.isdir(constants.HF_HUB_CACHE) and not os.access(constants.HF_HUB_CACHE, os.W_OK)
     fixed = COMMIT.fullmatch(revision or "")  # a commit cannot change: what is here is as good as what the hub has
@@ -210,7 +214,7 @@ def find(
         return here
     if offline or is_offline_mode():
         raise Show1Error(
-            f"The model {source} of [{table}] is not on this computer in full, and the hub is not to be asked "
+            f"{what[0].upper()}{what[1:]} is not on this computer in full, and the hub is not to be asked "
             f"({'--offline' if offline else 'HF_HUB_OFFLINE'}).",
             "Leave that out once, with a connection, to fetch it, or choose a cascade that is here: --cascade mini.",
         )
@@ -220,7 +224,7 @@ def find(
     except Exception as error:
         if here:  # the hub is out of reach, or refuses
             return here
-        raise _explained(error, f"the model {source} of [{table}]", source) from error
+        raise _explained(error, what, source) from error
 
 
 def weights_in(folder: Path, table: str, component: str, variant: str | None) -> WeightFiles:
@@ -340,7 +344,7 @@ def _check_room(needed: int) -> None:
     if free < needed:
         raise Show1Error(
             f"The models still to fetch take {gigabytes(needed)}, and the disk of {cache} has {gigabytes(free)} left.",
-            "Free some space there, or set HF_HOME to a folder on a larger disk.",
+            "Free some space there, or set HF_HUB_CACHE to a folder on a larger disk.",
         )
 
 
@@ -504,7 +508,7 @@ def _note_commit(repository: str, revision: str | None, commit: str) -> None:
     with contextlib.suppress(OSError):  # all else is here, beside notes that are another user's, or on a full disk
         if revision != commit and not (ref.is_file() and ref.read_text() == commit):
             ref.parent.mkdir(parents=True, exist_ok=True)
-            ref.write_text(commit)
+            write_atomically(ref, commit.encode())
 
 
 def _digest(file: File, place: Path) -> str:
@@ -526,7 +530,9 @@ def _patiently(ask: Callable[[], T], came: Callable[[], int] | None = None) -> T
         try:
             return ask()
         except (HfHubHTTPError, TransportError) as error:
-            if came is None and isinstance(error, ConnectError | TimeoutException):
+            if isinstance(error, UnsupportedProtocol) or (
+                came is None and isinstance(error, ConnectError | TimeoutException)
+            ):
                 raise
             here = came() if came else 0
             tries = 1 if here > most else tries + 1  # what has come twice is no progress
@@ -545,11 +551,11 @@ def _explained(error: Exception, what: str, repository: str) -> Show1Error:
     if number in (errno.ENOSPC, errno.EDQUOT):
         return Show1Error(
             f"The disk of {cache} is full, and {what} is not here in full.",
-            "Free some space there, or set HF_HOME to a folder on a larger disk; then start again: it goes on.",
+            "Free some space there and start again, and it goes on; or set HF_HUB_CACHE to a folder on a larger disk.",
         )
     if isinstance(error, OSError) and number is not None:
         return Show1Error(
             f"{what[0].upper()}{what[1:]} cannot be kept in {cache}: {error.strerror}.",
-            "Set HF_HOME to a folder that can be written to.",
+            "Set HF_HUB_CACHE to a folder that can be written to.",
         )
     return explain(error, what, repository)

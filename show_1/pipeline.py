@@ -161,7 +161,7 @@ class Show1Pipeline:
             raise Show1Error(f"The folder of models cannot be {models!r}.", "Give its name, as a text or a Path.")
         cascade = name_or_file
         if not isinstance(cascade, Cascade):
-            cascade = Cascade.load(cascade or default_cascade(device))
+            cascade = Cascade.load(default_cascade(device) if cascade is None else cascade)
         cascade.unknown_words("")  # a list of words that cannot be read, or no memory, is told before all is fetched
         if memory is not None:
             placement.parse_memory(memory, placement.device_memory(device)[1])
@@ -359,6 +359,7 @@ class Show1Pipeline:
             ("latent_upscale", self.latent_upscale.unet, latents, clip, False),
         ):
             text = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
+            text = text[0] if isinstance(text, list | tuple) and len(set(text)) == 1 else text
             takes = [unet.config.in_channels, text, unet.config.class_embed_type is not None]
             if takes != gives:
                 raise Show1Error(
@@ -381,7 +382,9 @@ class Show1Pipeline:
                     "Name the model that was made for this stage.",
                 )
         for table, stage in (("keyframes", self.keyframes), ("latent_upscale", self.latent_upscale)):
-            config, tokens = stage.text_encoder.config, len(stage.tokenizer)
+            config = stage.text_encoder.config
+            # T5's hundred sentinels, which no prompt has, may be beyond what a small encoder knows.
+            tokens = sum(not token.startswith("<extra_id_") for token in stage.tokenizer.get_vocab())
             places = getattr(config, "max_position_embeddings", TOKENS)  # T5 counts none
             if config.vocab_size < tokens or places < TOKENS:
                 raise Show1Error(

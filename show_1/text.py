@@ -50,15 +50,19 @@ def listed(prompts: str | Sequence[str]) -> list[str]:
 
 
 def dropped_words(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """Return the end of the prompt that does not fit into 77 tokens, from the first word that is not whole; or ""."""
-    text = _t5_text(prompt)
+    """Return the end of the prompt that does not fit into 77 tokens, from the first word that is not whole; or "".
+
+    As it was typed, but where small letters are not as many as capitals.
+    """
+    text, typed = _t5_text(prompt), prompt.strip()
     with _one_at_a_time:
         offsets = tokenizer(text, return_offsets_mapping=True, verbose=False).offset_mapping
     if len(offsets) <= TOKENS:
         return ""
     cut = offsets[TOKENS - 1][0]  # one place goes to the end token
     last_word = re.search(r"\s(\S*)\Z", text[: cut + 1])
-    return text[last_word.start(1) if last_word else cut :]  # Chinese, for one, has no spaces
+    begin = last_word.start(1) if last_word else cut  # Chinese, for one, has no spaces
+    return (typed if len(typed) == len(text) else text)[begin:]
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]):

@@ -121,6 +121,7 @@ def test_mini_fast_makes_its_first_video_in_a_minute(tmp_path):
 BAD = {
     "blank prompt": (["  "], "prompt is empty"),
     "unknown cascade": (["a cat", "--cascade", "minni"], "minni"),
+    "empty cascade": (["a cat", "--cascade", ""], "cascade"),
     "missing cascade file": (["a cat", "--cascade", "none.toml"], "none.toml"),
     "unknown key": (["a cat", "--set", "keyframes.stepz=3"], "stepz"),
     "steps 0": (["a cat", "--set", "keyframes.steps=0"], "keyframes.steps=0"),
@@ -155,11 +156,17 @@ def test_bad_input_is_told_in_two_sentences(tiny_cascade, tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_refused_leaves_no_folder_behind(tiny_cascade, tmp_path, monkeypatch, capfd):
+REFUSED = {"at once": (["--also", " "], "The prompt is empty"), "late": (["--set", "keyframes.height=5"], "multiple")}
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_is_refused_leaves_no_folder_behind(tiny_cascade, tmp_path, monkeypatch, capfd, arguments, words):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["show_1", "a cat", "--also", " ", "--cascade", str(tiny_cascade)])
+    monkeypatch.setattr(sys, "argv", ["show_1", "a cat", *arguments, "--cascade", str(tiny_cascade)])
     assert main() == 2
-    assert "The prompt is empty" in capfd.readouterr().err and not list(tmp_path.iterdir())
+    assert words in capfd.readouterr().err and not list(tmp_path.iterdir())
+    (tmp_path / "outputs").mkdir()
+    assert main() == 2 and (tmp_path / "outputs").exists()  # it is not ours
 
 
 def test_a_folder_for_videos_that_cannot_be_made_is_told(tiny_cascade, tmp_path, monkeypatch, capfd):

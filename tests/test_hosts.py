@@ -56,6 +56,12 @@ def test_a_volume_that_the_models_have_filled_is_still_theirs(volume, monkeypatc
     assert hosts.detect().storage == volume / "show-1"
 
 
+def test_a_place_that_is_empty_is_not_chosen(volume, monkeypatch):
+    monkeypatch.setenv("HF_HOME", "")
+    hosts.prepare()
+    assert "HF_HOME" not in hosts.os.environ and "HF_HUB_CACHE" in hosts.os.environ
+
+
 def test_a_place_that_was_chosen_is_kept(volume, monkeypatch):
     monkeypatch.setenv("HF_HOME", "/elsewhere")
     hosts.prepare()

@@ -279,10 +279,20 @@ REFUSALS = {
         Refusal(403, {"X-Error-Message": "Please enable it in your fine-grained token settings"}, files_only=True),
         ("no right to read gated models", "tick"),
     ),
-    "disabled": (Refusal(403, {"X-Error-Message": "Access to this resource is disabled."}), ("failed", "Try again")),
+    "disabled": (
+        Refusal(403, {"X-Error-Message": "Access to this resource is disabled."}),
+        ("(403): Access to this resource is disabled.", "Open https://huggingface.co/someone/"),
+    ),
+    "forbidden, without a word": (Refusal(403, files_only=True), ("refuses to give", "(403).")),
+    "not there, without a word": (Refusal(404), ("The hub does not have the model", "`model`")),
+    "another page than the hub's": (Refusal(200), ("cannot be understood", "proxy")),
     "bad request": (Refusal(400), ("failed", "Try again")),
     "always busy": (Refusal(429, {"Retry-After": "0"}), ("too many requests", "is kept")),
     "busy for long": (Refusal(429, {"Retry-After": "3600"}), ("too many requests", "Wait 60 minutes")),
+    "busy until then": (
+        Refusal(429, {"Retry-After": "Thu, 31 Dec 2099 23:59:59 GMT"}),
+        ("too many requests", "Wait 3"),  # and some million minutes more
+    ),
     "busy for long, files": (Refusal(429, {"Retry-After": "3600"}, files_only=True), ("too many", "Wait 60 minutes")),
     "busy, as the hub says it": (Refusal(429, {"RateLimit": '"api";r=0;t=299'}), ("too many requests", "5 minutes")),
     "files always failing": (Refusal(503, files_only=True), ("fails (503)", "is kept")),
@@ -446,7 +456,7 @@ def test_a_disk_too_small_is_told_before_anything_is_fetched(server, client, tin
     server.sizes[weights_of(new_model)] = 10**16
     fetched = len(server.fetched)
     answer = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
-    _check_says(answer, "10000000.0 GB", "Free some space", "HF_HOME")
+    _check_says(answer, "10000000.0 GB", "Free some space", "HF_HUB_CACHE")
     assert len(server.fetched) == fetched
 
 
@@ -466,7 +476,7 @@ def test_a_cache_that_cannot_be_written(server, tiny_cascade, new_model):
     client = Client(server.environment(Path("/sys/show-1")))  # not even root may
     answer = client.fetch(tiny_cascade, f'interpolation.model="{new_model}"')
     client.close()
-    _check_says(answer, "/sys/show-1", "cannot be kept", "HF_HOME")
+    _check_says(answer, "/sys/show-1", "cannot be kept", "HF_HUB_CACHE")
 
 
 # --- How much it is

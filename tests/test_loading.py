@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from show_1 import hub, loading
+from show_1 import Show1Pipeline, hub, loading
 from show_1.cascade import Cascade
 from show_1.errors import Show1Error
 from show_1.models import UNet3DConditionModel
@@ -195,6 +195,14 @@ def test_t5_tokenizer_from_spiece_model_alone(copy, tmp_path):
     assert 2 not in tokens  # unknown
 
 
+def test_with_spiece_model_alone_a_cascade_makes_the_same(tmp_path, pristine):
+    shutil.copytree(pristine, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "showlab/show-1-base/tokenizer/tokenizer_config.json").unlink()  # so there are a hundred sentinels
+    made, true = (Show1Pipeline.from_cascade(folder / "cascade.toml", "cpu") for folder in (tmp_path, pristine))
+    assert len(made.keyframes.tokenizer) == len(true.keyframes.tokenizer) + 100
+    assert torch.equal(*(pipeline.keyframes.encode("a cat jumps").prompt for pipeline in (made, true)))
+
+
 def test_clip_tokenizer(pristine):
     tokens = load(pristine, "latent_upscale", "tokenizer")("a cat").input_ids
     assert (tokens[0], tokens[-1], len(tokens)) == (512, 513, 6)
@@ -370,6 +378,13 @@ def test_missing_model_folder(tmp_path):
     toml = tmp_path / "cascade.toml"
     toml.write_text(tiny.CASCADE.replace("showlab/show-1-sr1", "models/here/sr1"))
     refusal(lambda: repository(tmp_path, "pixel_upscale"), "[pixel_upscale]", str(tmp_path / "models/here/sr1"))
+
+
+def test_missing_model_folder_that_could_be_a_hub_id(copy, tmp_path):
+    folder = copy("pixel_upscale")
+    shutil.rmtree(folder)
+    (tmp_path / "cascade.toml").write_text(tiny.CASCADE)
+    refusal(lambda: repository(tmp_path, "pixel_upscale"), "[pixel_upscale]", f"there is no folder {folder}")
 
 
 # --- What is damaged

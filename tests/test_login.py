@@ -8,9 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import httpx2
 import pexpect
 import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import hf_raise_for_status
 
+from show_1 import access
 from tests import tiny
 from tests.hub_server import ROOT, Client, Hub, Refusal
 
@@ -141,6 +145,7 @@ def test_in_a_notebook_it_does_not_wait_for_what_nobody_can_type(server, toml, t
 BAD = {
     "a line break": (f"{TOKEN[:9]}\n{TOKEN[9:]}", "line break"),
     "another form": ("ghp_abcdefghijkl", 'begins with "hf_"'),
+    "cut short by an ellipsis": ("hf_abc…", 'begins with "hf_"'),
     "not known, or expired": ("hf_expired", "does not accept the token"),
 }
 
@@ -152,6 +157,36 @@ def test_a_token_that_will_not_do(login, tmp_path, way, token, words):
     said(done, words, "settings/tokens")
     assert done.stderr.count("\n") == 2 and token not in done.stderr
     assert not (tmp_path / "token").exists()
+
+
+def test_a_token_out_of_place_is_not_shown(login):
+    done = login(TOKEN)  # the fixture looks for it
+    assert done.returncode == 2 and "--token" in done.stderr
+
+
+def test_the_token_of_a_log_in_by_browser(login, server):
+    server.users["hf_oauth_a-b.c_d"] = server.users[TOKEN]
+    done = login("--token", "hf_oauth_a-b.c_d")
+    assert done.returncode == 0 and "alice" in done.stdout, done
+
+
+def test_an_answer_that_is_not_the_hubs(login, server):
+    server.users[TOKEN] = {"who": "alice"}
+    said(login("--token", TOKEN), "cannot be understood")
+
+
+def test_an_expired_token_is_told_as_such_where_huggingface_hub_speaks_of_the_repository():
+    request = httpx2.Request("GET", "https://huggingface.co/api/models/a/b")
+    told = {"X-Error-Message": 'User Access Token "mine" is expired'}
+    with pytest.raises(RepositoryNotFoundError) as caught:
+        hf_raise_for_status(httpx2.Response(401, headers=told, request=request))
+    assert "it has expired" in access.explain(caught.value, "the model a/b", "a/b").problem
+
+
+@pytest.mark.parametrize("endpoint", ["", "hub.example"])
+def test_an_address_of_the_hub_that_is_none(doctor, endpoint):
+    done = doctor(HF_ENDPOINT=endpoint, HTTPS_PROXY="http://127.0.0.1:9")  # not to ask the real one
+    said(done, "cannot be reached" if endpoint == "" else "HF_ENDPOINT")
 
 
 def test_no_token_and_nobody_to_ask(login):

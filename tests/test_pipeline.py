@@ -276,6 +276,10 @@ def test_long_prompt_says_what_it_drops(pipeline):
     assert not [e for e in _until_first_step(pipeline, "a cat") if isinstance(e, Notice)]
 
 
+def test_dropped_words_are_told_as_they_were_typed(pipeline):
+    assert dropped_words(pipeline.latent_upscale.tokenizer, " word" * 40 + " in Paris").endswith("in Paris")
+
+
 @pytest.mark.parametrize("between", ["\n", "\t", "\u3000"])
 def test_words_may_have_anything_between_them(pipeline, between):
     words = [f"w{n}" for n in range(40)]

@@ -54,30 +54,15 @@ class FrameAttention(AttnProcessor2_0):
     products. On a CPU its kernel takes one head of one pixel at a time, and longer in bfloat16 than in float32.
     """
 
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        temb: torch.Tensor | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        """Return hidden states of the given shape, (sequences, frames, channels)."""
-        if encoder_hidden_states is None and attention_mask is None and _is_short(attn, hidden_states):
-            change = _attend(attn, hidden_states)
-            if change is not None:
-                for layer in attn.to_out:
-                    change = layer(change)
-                change = change + hidden_states if attn.residual_connection else change
-                return change if attn.rescale_output_factor == 1 else change / attn.rescale_output_factor
-        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs)
-
-
-def _is_short(attn: Attention, hidden_states: torch.Tensor) -> bool:
-    if any((attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k)) or attn.inner_kv_dim != attn.inner_dim:
-        return False
-    return hidden_states.ndim == 3 and hidden_states.shape[1] <= 16 and attn.inner_dim // attn.heads <= 64
+    def __call__(self, attn: Attention, hidden_states: torch.Tensor, **nothing: None) -> torch.Tensor:
+        """Return hidden states of the given shape, (sequences, frames, channels); a temporal layer gives no more."""
+        short = hidden_states.shape[1] <= 16 and attn.inner_dim // attn.heads <= 64
+        change = _attend(attn, hidden_states) if short else None
+        if change is None:
+            return super().__call__(attn, hidden_states)
+        for layer in attn.to_out:
+            change = layer(change)
+        return change
 
 
 def _attend(attn: Attention, hidden_states: torch.Tensor) -> torch.Tensor | None:

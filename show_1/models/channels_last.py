@@ -22,6 +22,7 @@ from show_1.models import try_kernels
 from show_1.models.attention import FrameAttention
 from show_1.models.group_norm import GroupNorm, activation_name
 from show_1.models.resnet import ResnetBlock, UpsampleConv
+from show_1.models.unet_3d_condition import VideoBlock
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -49,19 +50,13 @@ class SpatialTransformer(Transformer2DModel):
     diffusers' own returns the usual layout, and all layers from there to the next convolution would follow.
     """
 
-    def forward(
-        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, return_dict: bool = True
-    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> Transformer2DModelOutput:
         """Return hidden states of the given shape, (batch, channels, height, width)."""
-        tokens, linear = self.norm(hidden_states), self.use_linear_projection
-        tokens = (tokens if linear else self.proj_in(tokens)).permute(0, 2, 3, 1).flatten(1, 2)
-        tokens = self.proj_in(tokens) if linear else tokens
+        tokens = self.proj_in(self.norm(hidden_states).permute(0, 2, 3, 1).flatten(1, 2))
         for block in self.transformer_blocks:
             tokens = block(tokens, encoder_hidden_states=encoder_hidden_states)
-        tokens = self.proj_out(tokens) if linear else tokens
-        change = tokens.unflatten(1, hidden_states.shape[2:]).permute(0, 3, 1, 2)
-        change = change if linear else self.proj_out(change)
-        return Transformer2DModelOutput(hidden_states + change) if return_dict else (hidden_states + change,)
+        change = self.proj_out(tokens).unflatten(1, hidden_states.shape[2:]).permute(0, 3, 1, 2)
+        return Transformer2DModelOutput(hidden_states + change)
 
 
 class GatedGELU(GEGLU):
@@ -100,8 +95,10 @@ def channels_last(model: Model) -> Model:
         if type(module) is ResnetBlock2D:
             module.__class__ = ResnetBlock
             module.activation = activation_name(module.nonlinearity)
-        if type(module) is Transformer2DModel and module.is_input_continuous:
-            module.__class__ = SpatialTransformer
+        if isinstance(module, VideoBlock):
+            for attention in module.attentions:
+                if type(attention) is Transformer2DModel and attention.use_linear_projection:
+                    attention.__class__ = SpatialTransformer
         if type(module) is GEGLU:
             module.__class__ = GatedGELU
         if type(module) is Upsample2D and _is_nearest_and_conv(module):

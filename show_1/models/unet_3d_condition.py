@@ -71,7 +71,7 @@ class VideoBlock(nn.Module):
     block's down- or upsampler, which has no temporal layer.
     """
 
-    def __init__(self, block: nn.Module, heads: int, norm_num_groups: int):
+    def __init__(self, block: nn.Module, norm_num_groups: int):
         super().__init__()
         self.resnets = block.resnets
         # 32 groups whatever the configuration says: the original's temporal convolution knows no other number.
@@ -83,10 +83,11 @@ class VideoBlock(nn.Module):
             if isinstance(attention, Attention):
                 attention.set_processor(TextAttention())
         channels = block.resnets[-1].out_channels
+        # In the pixel family `attention_head_dim` is the *size* of the spatial attention's heads, yet the number of the
+        # temporal attention's: the released weights were trained so.
+        heads = getattr(block, "attention_head_dim", None) or getattr(block, "num_attention_heads", 1)
         self.temp_attentions = nn.ModuleList(
             TemporalTransformer(
-                # In the pixel family `heads` is the *size* of the spatial attention's heads, yet the number of the
-                # temporal attention's: the released weights were trained so.
                 num_attention_heads=heads,
                 attention_head_dim=channels // heads,
                 in_channels=channels,
@@ -122,10 +123,9 @@ class VideoBlock(nn.Module):
                 hidden_states = torch.cat([hidden_states, skips.pop()], dim=1)
             hidden_states = temp_conv(resnet(hidden_states, temb), num_frames=num_frames)
             if attention is not None:
-                if isinstance(attention, Attention):  # the pixel family: text tokens beside the image's
-                    hidden_states = attention(hidden_states, encoder_hidden_states=text)
-                else:
-                    hidden_states = attention(hidden_states, encoder_hidden_states=text, return_dict=False)[0]
+                hidden_states = attention(hidden_states, encoder_hidden_states=text)
+                if not isinstance(attention, Attention):  # as in the pixel family: text tokens beside the image's
+                    hidden_states = hidden_states.sample
                 hidden_states = temp_attention(hidden_states, num_frames=num_frames)
             outputs.append(hidden_states)
         for sampler in (*(self.downsamplers or ()), *(self.upsamplers or ())) if resample else ():
@@ -160,17 +160,15 @@ class UNet3DConditionModel(UNet2DConditionModel):
         super().__init__(**config | {key: _to_2d(value) for key, value in block_types.items()})
         self.register_to_config(transfromer_in_opt=transfromer_in_opt, **block_types)
 
-        heads = self.config.attention_head_dim
-        heads = [heads] * len(self.down_blocks) if isinstance(heads, int) else list(heads)
         groups = self.config.norm_num_groups
         self.transformer_in = (
             TemporalTransformer(num_attention_heads=8, attention_head_dim=64, in_channels=self.conv_in.out_channels)
             if transfromer_in_opt
             else None
         )
-        self.down_blocks = nn.ModuleList(map(lambda b, h: VideoBlock(b, h, groups), self.down_blocks, heads))
-        self.mid_block = VideoBlock(self.mid_block, heads[-1], groups)
-        self.up_blocks = nn.ModuleList(map(lambda b, h: VideoBlock(b, h, groups), self.up_blocks, reversed(heads)))
+        self.down_blocks = nn.ModuleList(VideoBlock(block, groups) for block in self.down_blocks)
+        self.mid_block = VideoBlock(self.mid_block, groups)
+        self.up_blocks = nn.ModuleList(VideoBlock(block, groups) for block in self.up_blocks)
         self.frames_share_text = any(isinstance(attention, Attention) for attention in self.mid_block.attentions)
 
     @classmethod
@@ -180,7 +178,7 @@ class UNet3DConditionModel(UNet2DConditionModel):
         With `output_loading_info` the caller gets the lists of such keys instead, and looks at them.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        if kwargs.get("torch_dtype") == torch.float64:
+        if torch.float64 in (kwargs.get("dtype"), kwargs.get("torch_dtype")):
             model.double()  # with what diffusers would keep in float32 then too
         if output_loading_info:
             return model, info
