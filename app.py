@@ -111,16 +111,15 @@ def _serve(arguments: argparse.Namespace) -> None:
         prevent_thread_lock=True,
         **STYLE,
     )
-    public = _tunnel(page) if arguments.share else None
-    jobs.start(head_start=3)  # not before: loading would keep the page from answering
-    if arguments.share and not public:
-        notes.append(
-            "<strong>There is no public link: the tunnel could not be made.</strong> The page works at "
-            f"{page.local_url} on the computer that runs it; for others, start it with "
-            "<code>--server-name 0.0.0.0</code>, or forward the port."
-        )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what stops a service ends it as Ctrl-C does
     try:
+        jobs.start(head_start=3)  # not before: loading would keep the page from answering
+        if arguments.share and not _tunnel(page):  # which may take a minute
+            notes.append(
+                "<strong>There is no public link: the tunnel could not be made.</strong> The page works at "
+                f"{page.local_url} on the computer that runs it; for others, start it with "
+                "<code>--server-name 0.0.0.0</code>, or forward the port."
+            )
         page.block_thread()  # until Ctrl-C
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):

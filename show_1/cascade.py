@@ -8,6 +8,7 @@ range and unit; reading, `--set` and every message take it from there.
 import dataclasses
 import difflib
 import json
+import math
 import os
 import re
 import tomllib
@@ -182,7 +183,7 @@ class LatentUpscale:
         if int(self.steps * self.strength) < 1:
             raise ValueError(
                 f"steps = {self.steps} with strength = {self.strength} leaves no step to run.",
-                "Raise steps or strength, so that steps times strength is at least 1.",
+                f"Give at least {math.ceil(1 / self.strength)} steps, or a higher strength.",
             )
 
 

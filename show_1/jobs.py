@@ -310,8 +310,8 @@ class Jobs:
 
     def result(self, job: Job) -> Path | None:
         """Return the finished video, in the job's folder, unless somebody has removed it since."""
-        there = job.state in (DONE, STOPPED) and (self.folder / job.file).is_file()
-        return self.place(job) / job.file if there and (self.place(job) / job.file).is_file() else None
+        there = job.state in (DONE, STOPPED) and os.path.isfile(self.folder / job.file)  # false for any fault there
+        return self.place(job) / job.file if there and os.path.isfile(self.place(job) / job.file) else None
 
     def gif(self, job: Job) -> Path:
         """Return where the finished video's GIF is, or will be: a browser saves it by that name."""

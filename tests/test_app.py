@@ -229,6 +229,11 @@ def test_a_notification_says_when_it_is_done(app, browser):
     press(page, "Stop here")
     page.wait_for_function("told.length === 2")
     assert page.evaluate("told[1]").endswith("\n✓ Done · a panda")
+    for prompt in ("a cow", "a bird"):  # of the first, too, while the page shows the second
+        asking(page, prompt, interpolation="200")
+        wait_for(page, "Stage|Waiting")
+    page.wait_for_function("told.length === 4")
+    assert page.evaluate("told[2]") == "✓ Done · a cow" and page.evaluate("told[3]").endswith("\n✓ Done · a bird")
     page.evaluate("refusing = true")
     asking(page, "a cat")
     expect(page).to_have_title("✓ Done · a cat")
@@ -251,6 +256,20 @@ def test_where_there_are_no_notifications_that_is_told(app, browser, way):
     wait_for(page, "Cancelled")
     assert told == ["This browser shows no notifications here; the tab will tell."]
     context.close()
+
+
+@needs_chromium
+def test_an_enter_that_is_held_asks_once(app, browser):
+    page = visit(browser, app)
+    page.get_by_label("Prompt", exact=True).fill("a pony")
+    for _ in range(20):
+        page.keyboard.down("Enter")
+        page.wait_for_timeout(50)
+    page.keyboard.up("Enter")
+    expect(page.locator("#gallery li").filter(has_text="a pony")).to_have_count(1)
+    wait_for(page, "Done")
+    expect(page.locator("#gallery li").filter(has_text="a pony")).to_have_count(1)
+    page.close()
 
 
 @needs_chromium
@@ -325,11 +344,13 @@ def test_a_dropped_video_brings_its_settings_back(app, browser, tmp_path):
     settings = video.read_metadata(made)
     other, alien, damaged = (tmp_path / f"{name}.mp4" for name in ("other", "alien", "damaged"))
     settings["cascade"]["name"], settings["versions"]["torch"] = "Elsewhere", "1.0"
+    settings["cascade"]["interpolation"]["steps"] = 0  # which cannot be had here
     video.write(other, frames, 8, settings)
     video.write(alien, frames, 8, {"prompt": "a cat"})
     damaged.write_bytes(b"no video")
     page.locator("#drop input[type=file]").set_input_files(other)
-    expect(page.locator("#told")).to_contain_text("it was made by the cascade Elsewhere, here runs Tiny; torch is ")
+    differs = "cascade Elsewhere, here runs Tiny; interpolation.steps is 1 here, not 0; torch is "
+    expect(page.locator("#told")).to_contain_text(differs)
     for file, problem in ((alien, "lack seed"), (damaged, "is damaged, or is no MP4 video")):
         page.locator("#drop input[type=file]").set_input_files(file)
         expect(page.locator("#told")).to_contain_text(problem)

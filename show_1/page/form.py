@@ -3,7 +3,7 @@
 import html
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import gradio as gr
@@ -56,17 +56,22 @@ def texts(changes: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def fitting(jobs: Jobs, settings: dict[str, Any]) -> tuple[str, dict[str, dict[str, Any]], Cascade]:
-    """Return what comes nearest to a video's settings here: a preset, the changes to it, and both together."""
+    """Return what comes nearest to a video's settings here: a preset, the changes to it, and both together.
+
+    A stage whose settings cannot be had here keeps the preset's.
+    """
     theirs = settings["cascade"]
     named = [name for name, preset in jobs.presets.items() if preset.name == theirs.get("name")]
     preset = named[0] if named else next(iter(jobs.presets))
     ours = jobs.presets[preset].settings()
     found: dict[str, dict[str, Any]] = {}
     for stage, keys in CHANGEABLE.items():
-        table = theirs.get(stage)
-        for key in keys:
-            if isinstance(table, dict) and key in table and table[key] != ours[stage][key]:
-                found.setdefault(stage, {})[key] = table[key]
+        table = theirs.get(stage) if isinstance(theirs.get(stage), dict) else {}
+        changed = {key: table[key] for key in keys if key in table and table[key] != ours[stage][key]}
+        with suppress(Show1Error):
+            if changed:
+                jobs.changed_cascade(preset, {stage: changed})
+                found[stage] = changed
     return preset, found, jobs.changed_cascade(preset, found)
 
 

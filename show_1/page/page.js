@@ -1,6 +1,8 @@
 // What the page does in the browser itself. The address says which job it shows: ?job=…
 
 const show1 = {
+    working: new Set(),  // the jobs that the page saw waiting or at work
+
     job: () => new URLSearchParams(location.search).get('job') || '',
 
     // The browser's secret, by which its jobs are its own. Read each time: tabs that are opened together have to agree.
@@ -149,7 +151,8 @@ const show1 = {
         }
     },
 
-    // The tab's title, and the browser's own notice where it is allowed: only for a job that this page saw at work.
+    // The tab's title, of the job that is shown; and the browser's own notice where it is allowed, of all of this
+    // browser's jobs that the page saw waiting or at work.
     tell() {
         const status = document.querySelector('#status .status');
         if (!status) return;
@@ -158,11 +161,14 @@ const show1 = {
             document.title = show1.title = title;
             show1.titleThen = document.title;
         }
-        const worked = ['running', 'waiting'].includes(show1.state) && show1.job() === show1.told;
-        if (worked && ['done', 'stopped', 'failed'].includes(state) && window.Notification?.permission === 'granted')
-            show1.notify(status.querySelector('[role=status]').textContent + '\n' + title, show1.job());
-        show1.state = state;
-        show1.told = show1.job();
+        const shown = show1.job(), others = [...document.querySelectorAll('#gallery li')].filter(({ id }) => id !== shown);
+        const text = status.querySelector('[role=status]').textContent + '\n' + title;
+        const jobs = [{ id: shown, state, text }, ...others.map(({ id, dataset }) => ({ id, ...dataset }))];
+        for (const { id, state, text } of jobs) {
+            if (['running', 'waiting'].includes(state)) show1.working.add(id);
+            else if (show1.working.delete(id) && state !== 'cancelled' && window.Notification?.permission === 'granted')
+                show1.notify(text, id);
+        }
     },
 
     // Logins end with the server that they were for.
@@ -229,6 +235,9 @@ document.addEventListener('click', event => {
 document.addEventListener('click', () => setTimeout(show1.describe));
 document.addEventListener('click', event => {  // the second of a double click would ask for a second video
     if (event.detail > 1 && event.target.closest('button.primary, #ended button')) event.stopImmediatePropagation();
+}, true);
+document.addEventListener('keydown', event => {  // and an Enter that is held down, for many
+    if (event.repeat && event.key === 'Enter' && !event.shiftKey && event.target.closest('#form')) event.preventDefault();
 }, true);
 addEventListener('popstate', () => show1.look());
 addEventListener('pagehide', show1.keep);

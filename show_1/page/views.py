@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -220,7 +221,7 @@ def _downloads(jobs: Jobs, job: Job | None, result: Path | None) -> str:
         return ""
     gif = jobs.gif(job)
     links = [f'<a class="button" href="{_url(result)}" download="{_text(result.name)}">Download MP4</a>']
-    if gif.is_file():
+    if os.path.isfile(gif):
         links.append(f'<a class="button" href="{_url(gif)}" download="{_text(gif.name)}">Download GIF</a>')
     return f'<div class="downloads">{"".join(links)}</div>'
 
@@ -258,11 +259,13 @@ def _gallery(jobs: Jobs, visitor: str, id: str) -> str:
         poster = jobs.place(job) / "poster.webp"
         inside = f'<span class="badge">{BADGES.get(job.state, "waiting")}</span>'
         if result:
-            picture = f'src="{_url(poster)}"' if poster.is_file() else ""
+            picture = f'src="{_url(poster)}"' if os.path.isfile(poster) else ""
             inside = f'<img {picture} loading="lazy" alt="" aria-hidden="true" data-video="{_url(result)}">'
         shown = ' aria-current="true"' if job.id == id else ""
+        title = f' data-text="{_text(_title(jobs, job))}"' if job.ended else ""
         cards.append(
-            f'<li id="{job.id}"><a href="?job={job.id}"{shown}><span class="thumb">{inside}</span>'
+            f'<li id="{job.id}" data-state="{job.state}"{title}>'
+            f'<a href="?job={job.id}"{shown}><span class="thumb">{inside}</span>'
             f'<span class="caption" dir="auto">{_text(short(job.prompt, 100))}</span></a></li>'
         )
     if not cards:
