@@ -30,7 +30,7 @@ from benchmarks.figures import write_figures
 from benchmarks.ways import STAGES, Original, Ours, made_up_clips
 from show_1 import Cascade, Show1Error, hub, placement
 from show_1.command_line import DTYPES
-from show_1.errors import exit_code, telling_full_memory
+from show_1.errors import exit_code, memory_is_full, telling_full_memory
 from show_1.files import check_outputs
 from show_1.pipeline import check_device, default_cascade, default_dtype
 from show_1.timing import wait_for
@@ -206,6 +206,15 @@ def measures(fast: Cascade, exact: Cascade) -> dict[str, Cascade]:
     return variants | {"all": fast}
 
 
+def without_measures(cascade: Cascade) -> Cascade:
+    """Return a cascade without what only ours can do for speed, its steps as they are."""
+    tables = {stage: getattr(cascade, stage) for stage in STAGES[1:]}
+    for stage, table in tables.items():
+        keys = [key for key in ("guidance_interval", "reuse") if hasattr(table, key)]
+        tables[stage] = dataclasses.replace(table, **dict.fromkeys(keys))
+    return dataclasses.replace(cascade, **tables)
+
+
 def whole_video(ours: Ours) -> torch.Tensor:
     """Make a whole video, stage by stage, and return it."""
     clips: dict[str, torch.Tensor] = {}
@@ -332,8 +341,9 @@ def _run(arguments: argparse.Namespace) -> None:
     device = check_device(arguments.device)
     name = arguments.cascade or default_cascade(device)
     cascade = Cascade.load(name)
-    # The original knows no measures: a fast cascade is held against the exact one that it is made of.
-    exact = Cascade.load(name.removesuffix("-fast")) if name in Cascade.names() else cascade
+    # The original knows no measures: a fast cascade is held against the exact one that it is made of, a file without
+    # its measures, in as many steps.
+    exact = Cascade.load(name.removesuffix("-fast")) if name in Cascade.names() else without_measures(cascade)
     stages = list(dict.fromkeys(["text", *(part.strip() for part in arguments.stages.split(","))]))
     if unknown := set(stages) - set(STAGES):
         raise Show1Error(f"There is no stage {sorted(unknown)[0]!r}.", f"Known are {', '.join(STAGES[1:])}.")
@@ -346,7 +356,7 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.measures and (f"{name}-fast" not in Cascade.names() or stages != list(STAGES)):
         raise Show1Error("Only whole videos of a cascade with a fast preset have measures.", "Take show-1 or mini.")
     random = arguments.weights == "random"
-    if random and device.type == "cpu":
+    if device.type == "cpu" and (random or name.removesuffix("-fast") == "show-1"):
         raise Show1Error(
             "Full-size models take hours on a CPU.", "Run this where a GPU is, or take mini's own weights."
         )
@@ -406,8 +416,10 @@ def keeping(what: str) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
-    except (KeyboardInterrupt, torch.OutOfMemoryError) as error:
-        why = "The GPU's memory is full" if isinstance(error, torch.OutOfMemoryError) else "Interrupted"
+    except (KeyboardInterrupt, MemoryError, RuntimeError) as error:
+        if not (isinstance(error, KeyboardInterrupt) or memory_is_full(error)):
+            raise
+        why = "Interrupted" if isinstance(error, KeyboardInterrupt) else "The memory is full"
         print(f"{why}; what follows is of {what}.", file=sys.stderr)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -184,10 +184,18 @@ def test_measures_one_by_one():
     assert variants["steps"].keyframes.reuse is variants["steps"].keyframes.guidance_interval is None
 
 
+def test_a_file_is_held_against_itself_without_measures():
+    fast = Cascade.load("show-1-fast")
+    exact = benchmark.without_measures(fast)
+    assert exact.keyframes.reuse is exact.first_frame.guidance_interval is None
+    assert exact.keyframes.steps == fast.keyframes.steps and exact != fast
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--cascade", "show-1", "--weights", "random", "--device", "cpu"], "take hours on a CPU"),
+        (["--cascade", "show-1-fast", "--device", "cpu"], "take hours on a CPU"),  # before they are fetched
         (["--cascade", "mini", "--stages", "nothing"], "no stage 'nothing'"),
         (["--cascade", "mini", "--stages", "text"], "Give some of keyframes, interpolation"),
         (["--cascade", "mini", "--rounds", "0"], "Give --rounds"),
@@ -250,7 +258,7 @@ def _interrupted():
 
 
 def _out_of_memory():
-    raise torch.OutOfMemoryError
+    raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 def _way(run) -> SimpleNamespace:
@@ -343,7 +351,7 @@ def test_an_interrupted_memory_benchmark_keeps_its_finished_tiers(monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["benchmarks.memory"])
     assert memory.main() == (0 if finished else 2)
     printed = capsys.readouterr()
-    assert "The GPU's memory is full; what follows is of the finished tiers." in printed.err
+    assert "The memory is full; what follows is of the finished tiers." in printed.err
     assert ("| all on the GPU, two prompts at once | 60 | 1.00 | 2.00 |" in printed.out) == bool(finished)
 
 

@@ -262,6 +262,22 @@ def test_a_stage_that_trains_on_makes_those_after_it_start_anew(folders):
     assert {"pictures.pt", "interpolation.pt"} == {file.name for file in (folders / "runs").glob("*.pt")}
 
 
+def test_what_is_broken_off_before_it_has_saved_leaves_the_later_checkpoints(folders, monkeypatch):
+    (folders / "runs").mkdir()
+    (folders / "runs" / "keyframes.pt").write_bytes(b"")
+    shutil.copytree(REAL_MINI / "show-1-base" / "text_encoder", folders / "mini" / "show-1-base" / "text_encoder")
+    monkeypatch.setattr(train, "_export", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train.run("pictures", 0.02, 0, CPU)
+    assert [file.name for file in (folders / "runs").glob("*.pt")] == ["keyframes.pt"]
+
+
+def test_what_has_come_to_no_number_is_not_saved(folders):
+    with pytest.raises(Show1Error, match="text has come to no number"):
+        train.run("text", 0.02, 0, CPU, rate=1e30)
+    assert not (folders / "mini" / "show-1-base" / "text_encoder").exists() and not list(folders.rglob("*.pt"))
+
+
 @pytest.mark.parametrize("empty", [False, True])
 def test_a_checkpoint_of_another_configuration_or_none(folders, empty):
     (folders / "runs").mkdir()
@@ -277,6 +293,23 @@ def test_weights_of_another_configuration(folders):
     models.video_unet("keyframes").save_pretrained(folder)
     with pytest.raises(Show1Error, match="another configuration"):
         stages._start_from(models.video_unet("interpolation"), folder)
+
+
+@pytest.mark.parametrize(
+    ("stage", "folder"),
+    [
+        ("latent_upscale", "show-1-sr1/unet"),
+        ("pixel_upscale", "IF-II-L/unet"),
+        ("first_frame", "show-1-interpolation/unet"),
+        ("interpolation", "show-1-base/unet"),
+    ],
+)
+def test_damaged_weights_of_an_earlier_stage_are_told_before_a_worker_meets_them(folders, stage, folder):
+    shutil.copytree(REAL_MINI, folders / "mini", dirs_exist_ok=True)
+    (file,) = (folders / "mini" / folder).glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(Show1Error, match=rf"{folder}/.* cannot be read"):
+        train.run(stage, 0.1, 0, CPU)
 
 
 def test_the_spatial_part_draws_frames_as_the_new_video_unet_does_and_is_trained_with_it():
@@ -580,7 +613,7 @@ def test_a_text_encoder_of_another_configuration(folders, monkeypatch):
     monkeypatch.setattr(models, "TEXT_WIDTH", 64)
     shutil.copytree(REAL_MINI / "show-1-base" / "text_encoder", folders / "mini" / "show-1-base" / "text_encoder")
     for build in (stages.text_stage, lambda: stages.keyframes_stage(CPU)):
-        with pytest.raises(Show1Error, match="another configuration: it is 128 wide, not 64"):
+        with pytest.raises(Show1Error, match=r"text_encoder/model\.safetensors holds weights of another"):
             build()
 
 

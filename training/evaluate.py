@@ -9,10 +9,10 @@ time on two cores. How long a video takes is measured before, on a few made with
 """
 
 import argparse
+import io
 import itertools
 import json
 import multiprocessing
-import os
 import resource
 import signal
 import sys
@@ -30,10 +30,10 @@ from tqdm import tqdm
 from benchmarks.figures import write_figures
 from show_1 import Show1Error, Show1Pipeline
 from show_1.errors import exit_code
-from show_1.files import check_outputs, writing
+from show_1.files import check_outputs, write_atomically, writing
 from show_1.pipeline import check_device
 from show_1.stages.denoise import finish
-from training import judge, world
+from training import judge, models, world
 from training.batches import FULL, MEDIUM, SMALL, bicubic, degrade
 from training.redraw import TIMES
 
@@ -213,12 +213,17 @@ def stages_earn_their_place(pipeline: Show1Pipeline, count: int) -> dict:
 
 def show(results: list[tuple[np.ndarray, str]], folder: Path) -> None:
     """Write a contact sheet of the videos, mini.png, and the first three as moving pictures, mini-1.webp, …"""
-    contact_sheet(results).save(folder / "mini.png", optimize=True)
+
+    def save(name: str, picture: Image.Image, **options) -> None:
+        content = io.BytesIO()
+        picture.save(content, Path(name).suffix[1:], **options)
+        write_atomically(folder / name, content.getvalue())
+
+    save("mini.png", contact_sheet(results), optimize=True)
     for number, (frames, _) in enumerate(results[:3], start=1):
         first, *others = (Image.fromarray(frame) for frame in frames)
-        first.save(
-            folder / f"mini-{number}.webp", save_all=True, append_images=others, duration=125, loop=0, quality=75
-        )
+        moving = {"save_all": True, "append_images": others, "duration": 125, "loop": 0, "quality": 75}
+        save(f"mini-{number}.webp", first, **moving)
 
 
 def contact_sheet(results: list[tuple[np.ndarray, str]], columns: int = 3) -> Image.Image:
@@ -242,7 +247,7 @@ def scales(text: str) -> list[float]:
 def _pool(cascade: str, device: str | None, pipeline: Show1Pipeline, critic: judge.Judge) -> Executor:
     """Return what makes videos: on a CPU a process a core; on a GPU, which takes one at a time, this process."""
     if check_device(device).type == "cpu":
-        return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), _get_ready, (cascade, device))
+        return ProcessPoolExecutor(models.cores(), multiprocessing.get_context("spawn"), _get_ready, (cascade, device))
     _use(pipeline, critic)
     return ThreadPoolExecutor(1)
 

@@ -181,6 +181,11 @@ def inputs_of(layer: nn.Module, model: nn.Module, *inputs: torch.Tensor) -> tupl
     raise ValueError("The model does not run this layer.")
 
 
+def cores() -> int:
+    """Return how many of this computer's cores this program may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def text_encoder(vocabulary: int) -> T5EncoderModel:
     """Return a new T5 encoder of two layers for the pixel stages."""
     return T5EncoderModel(

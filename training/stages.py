@@ -12,12 +12,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from show_1.cascade import Cascade
-from show_1.errors import Show1Error
+from show_1.errors import Show1Error, first_line
 from show_1.models import channels_last
 from show_1.stages.denoise import fold, unfold
 from training import models, world
@@ -55,6 +56,8 @@ from training.redraw import CPU, Redrawn
 
 MINI = Path(__file__).parents[1] / "show_1" / "mini"
 RUNS = Path(__file__).parent / "runs"
+TEXT_ENCODER = "show-1-base/text_encoder"
+TWICE = "encoder.embed_tokens.weight"  # what T5 has by two names is saved by the other
 PATH_STRENGTH = 8.0  # of what the deepest features are to say of where things are: twice as much did no better
 PIXEL_WEIGHT = 20.0  # of the latent upscale's error in decoded pixels, which are what is looked at
 
@@ -146,9 +149,10 @@ def text_stage() -> Stage:
     tokenizer = t5_tokenizer()
     sizes = [len(world.OBJECTS), len(world.PLACES), len(world.MOTIONS)]
     trained = {
-        "text_encoder": _saved_text_encoder() or models.text_encoder(len(tokenizer)),
+        "text_encoder": models.text_encoder(len(tokenizer)),
         "reader": nn.Linear(models.TEXT_WIDTH, sum(sizes)),
     }
+    _start_from(trained["text_encoder"], MINI / TEXT_ENCODER)
 
     def loss(trained: dict[str, nn.Module], batch: dict) -> torch.Tensor:
         states = _states(trained["text_encoder"], _tokens(tokenizer, batch)).mean(1)
@@ -159,21 +163,7 @@ def text_stage() -> Stage:
         looking = F.mse_loss(states[:, : seen.shape[1]], seen)
         return named + F.cross_entropy(place, batch["place"]) + F.cross_entropy(motion, batch["motion"]) + 4 * looking
 
-    return Stage(trained, captions, loss, {"text_encoder": "show-1-base/text_encoder"})
-
-
-def _saved_text_encoder() -> T5EncoderModel | None:
-    saved = MINI / "show-1-base" / "text_encoder"
-    if not saved.exists():
-        return None
-    encoder = T5EncoderModel.from_pretrained(saved, dtype=torch.float32)
-    if encoder.config.d_model != models.TEXT_WIDTH:
-        raise Show1Error(
-            f"{saved} holds weights of another configuration: it is {encoder.config.d_model} wide, not "
-            f"{models.TEXT_WIDTH}.",
-            "Remove it to start that stage from nothing.",
-        )
-    return encoder
+    return Stage(trained, captions, loss, {"text_encoder": TEXT_ENCODER})
 
 
 def reader(device: torch.device) -> Callable[[dict], torch.Tensor]:
@@ -182,14 +172,15 @@ def reader(device: torch.device) -> Callable[[dict], torch.Tensor]:
     Raises Show1Error where there is none.
     """
     tokenizer = t5_tokenizer()
-    needed(MINI / "show-1-base" / "text_encoder", "text")
-    encoder = _saved_text_encoder().requires_grad_(False).to(device)
+    encoder = models.text_encoder(len(tokenizer))
+    _start_from(encoder, needed(MINI / TEXT_ENCODER, "text"))
+    encoder.eval().requires_grad_(False).to(device)
     return lambda batch: _states(encoder, _tokens(tokenizer, batch))
 
 
 def needed(folder: Path, stage: str) -> Path:
-    """Return a folder that an earlier stage has filled; raise Show1Error where it is not there."""
-    if not folder.exists():
+    """Return a folder that an earlier stage has filled; raise Show1Error where no weights are there."""
+    if not any(folder.glob("*.safetensors")):
         raise Show1Error(f"What an earlier stage has to train is missing: {folder}", f"Train it first: --stage {stage}")
     return folder
 
@@ -536,11 +527,15 @@ class Upscale:
     def __init__(self, device: torch.device, stage: str):
         self.device, self.stage, self.settings = device, stage, Cascade.load("mini").stream_settings(stage)
         self.folder = needed(MINI / {"first_frame": "IF-II-L", "pixel_upscale": "show-1-sr1"}[stage] / "unet", stage)
+        _start_from(self.untrained(), self.folder)  # what does not fit is told here, not by a worker
+
+    def untrained(self) -> nn.Module:
+        return (models.picture_unet if self.stage == "first_frame" else models.video_unet)("pixel_upscale")
 
     @functools.cached_property
     def loaded(self) -> tuple[nn.Module, Callable[[dict], torch.Tensor]]:
         with CPU:
-            unet = (models.picture_unet if self.stage == "first_frame" else models.video_unet)("pixel_upscale")
+            unet = self.untrained()
             _start_from(unet, self.folder)
             return channels_last(unet.requires_grad_(False).to(self.device)), reader(self.device)
 
@@ -551,10 +546,10 @@ class Upscale:
 
 
 def _redrawn(device: torch.device, interpolated: bool = True) -> Redrawn:
-    needed(MINI / "show-1-base" / "text_encoder", "text")
-    needed(MINI / "show-1-base" / "unet", "keyframes")
+    needed(MINI / TEXT_ENCODER, "text")
+    _start_from(models.video_unet("keyframes"), needed(MINI / "show-1-base" / "unet", "keyframes"))  # as `Upscale`'s
     if interpolated:
-        needed(MINI / "show-1-interpolation" / "unet", "interpolation")
+        _start_from(models.video_unet("interpolation"), needed(MINI / "show-1-interpolation" / "unet", "interpolation"))
     dtype = torch.bfloat16 if native_bfloat16(device) else torch.float32
     # Drawing a clip takes a CPU as long as some updates of an upscaler; a GPU draws many in the time of one.
     fresh = 0.05 if device.type == "cpu" else 0.5
@@ -578,13 +573,22 @@ ONE_UNET = ("pictures", "paths", "pairs", "keyframes")  # which train the same w
 
 
 def _start_from(model: nn.Module, *folders: Path) -> None:
-    """Load the weights of the first folder that has some; temporal layers may be missing or too many."""
+    """Load the weights of the first folder that has some; temporal layers may be missing or too many.
+
+    Raises Show1Error for weights that are damaged or of another configuration.
+    """
     files = [file for folder in folders for file in folder.glob("*.safetensors")]
     if not files:
         return
-    weights = load_file(files[0])
+    try:
+        weights = load_file(files[0])
+    except (SafetensorError, OSError) as error:
+        raise Show1Error(
+            f"The weights {files[0]} cannot be read: {first_line(error)}.",
+            "Bring them back, or remove them to start that stage from nothing.",
+        ) from error
     expected = model.state_dict()
-    strays = [key for key in weights.keys() ^ expected.keys() if "temp_" not in key]
+    strays = [key for key in weights.keys() ^ expected.keys() if "temp_" not in key and key != TWICE]
     strays += [key for key in weights.keys() & expected.keys() if weights[key].shape != expected[key].shape]
     if strays:
         raise Show1Error(

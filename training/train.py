@@ -11,6 +11,7 @@ weights in show_1/mini.
 
 import argparse
 import copy
+import io
 import json
 import math
 import os
@@ -73,9 +74,6 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
         if rank == 0:
             print(f"{name}: trained for {seconds / 60:.1f} minutes already")
         return
-    if rank == 0 and name in stages.ONE_UNET:  # the later ones' would bring back what they had before this
-        for later in stages.ONE_UNET[stages.ONE_UNET.index(name) + 1 :]:
-            (stages.RUNS / f"{later}.pt").unlink(missing_ok=True)
 
     torch.manual_seed(seed + step + 1_000_003 * rank)
     if device.type == "cpu":
@@ -107,12 +105,18 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
         done = seconds >= minutes * 60
         if rank == 0 and (now - saved > SAVED_APART or done):
             entry = {"loss": round(torch.stack(losses).mean().item(), 5)}
+            if not math.isfinite(entry["loss"]):
+                raise Show1Error(
+                    f"The training of {name} has come to no number; what was saved last is as it was.",
+                    "Start again, with a lower --rate.",
+                )
             losses = []
             with torch.no_grad():
                 stage.finish(average)
             with models.telling_what_cannot_be_saved():
                 for key, folder in stage.folders.items():
                     _export(average[key], stages.MINI / folder)
+                _forget_later(name)
                 if not done:  # before the evaluation, which may take as long as some updates
                     _save(checkpoint, step, seconds, stage.models, average, optimizers)
             saved = time.monotonic()
@@ -132,6 +136,13 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
             break
     if distributed.is_initialized():
         distributed.barrier()  # the next stage starts from what has just been saved
+
+
+def _forget_later(name: str) -> None:
+    """Remove the checkpoints of the stages that train the same UNet after this one: they hold what was before it."""
+    if name in stages.ONE_UNET:
+        for later in stages.ONE_UNET[stages.ONE_UNET.index(name) + 1 :]:
+            (stages.RUNS / f"{later}.pt").unlink(missing_ok=True)
 
 
 class Muon(torch.optim.Muon):
@@ -180,7 +191,7 @@ def _attend_plainly(model: nn.Module) -> None:
 
 def join(address: str, rank: int, processes: int) -> None:
     """Become one of several processes that train together; they find each other at `address`, file://…"""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    torch.set_num_threads(max(1, models.cores() // processes))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     patience = timedelta(minutes=5)  # for another that is gone; evaluating takes less
     distributed.init_process_group("gloo", address, patience, rank=rank, world_size=processes)
@@ -263,7 +274,9 @@ def sheet(drawn: torch.Tensor, batch: dict, file: Path) -> None:
     picture = ((torch.cat(rows, dim=1).clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
     scale = max(1, 1600 // picture.shape[1])
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture.repeat(scale, axis=0).repeat(scale, axis=1)).save(file)
+    content = io.BytesIO()
+    Image.fromarray(picture.repeat(scale, axis=0).repeat(scale, axis=1)).save(content, "PNG")
+    write_atomically(file, content.getvalue())
 
 
 def _export(model: nn.Module, folder: Path) -> None:
@@ -335,7 +348,7 @@ def main() -> None:
     if arguments.seed is None:
         arguments.seed = int.from_bytes(os.urandom(3), "little")
     world.sprites()  # a missing font is said here, not by a worker
-    processes = arguments.processes or (4 if device.type == "cuda" else os.cpu_count() or 1)
+    processes = arguments.processes or (4 if device.type == "cuda" else models.cores())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
     with models.telling_what_cannot_be_saved():
@@ -357,8 +370,11 @@ def main() -> None:
         meeting = (f"file://{folder}/meeting", processes)
         others = [context.Process(target=_assist, args=(n, meeting, arguments, device)) for n in range(1, processes)]
         try:
+            # Who joins in ignores it from its first moment on: one that is missing would be waited for, for minutes.
+            asked = signal.signal(signal.SIGINT, signal.SIG_IGN)
             for process in others:
                 process.start()
+            signal.signal(signal.SIGINT, asked)
             _train(0, meeting, arguments, device)
         except RuntimeError as error:  # gloo's, where another is gone
             time.sleep(1)
