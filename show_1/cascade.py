@@ -311,19 +311,23 @@ class Cascade:
         left_out = ("model", "revision", "variant", "negative_prompt")
         return {key: value for key, value in table.items() if key not in left_out and value is not None}
 
-    def unknown_words(self, prompt: str) -> list[str]:
-        """Return the words of a prompt that the cascade has never learned; none where it keeps no list of words."""
+    def known_words(self) -> list[str]:
+        """Return all words that the cascade has learned; none where it keeps no list of them."""
         if self.about is None or self.about.words is None:
             return []
         file = self.file.parent / self.about.words
         try:
-            known = set(_words(file.read_text(encoding="utf-8-sig")))
+            return _words(file.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise Show1Error(
                 f"{self.file}, table [about]: the words cannot be read from {file}: {error}.",
                 "Give a UTF-8 text file with one word a line, or leave the key out.",
             ) from None
-        return [word for word in dict.fromkeys(_words(prompt)) if word not in known]
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Return the words of a prompt that the cascade has never learned; none where it keeps no list of words."""
+        known = set(self.known_words())
+        return [word for word in dict.fromkeys(_words(prompt)) if known and word not in known]
 
     def model_source(self, table: str) -> Path | str:
         """Return where the model of a stage ("keyframes") is: an existing folder as a Path, or else a hub id as a str.

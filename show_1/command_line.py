@@ -96,7 +96,8 @@ def _make(arguments: argparse.Namespace) -> None:
         _save_tensors({}, arguments.save_stages, only_try=True)  # to fail now rather than at the end
 
     if cascade.about:
-        print(cascade.about.note, file=sys.stderr)
+        words = f" The words: {cascade.file.parent / cascade.about.words}" if cascade.about.words else ""
+        print(f"{cascade.about.note}{words}", file=sys.stderr)
     print(f"{cascade.name} on {device.type}: loading", file=sys.stderr)
     with DownloadBar() as bar:
         pipeline = Show1Pipeline.from_cascade(

@@ -162,7 +162,7 @@ class Show1Pipeline:
         cascade = name_or_file
         if not isinstance(cascade, Cascade):
             cascade = Cascade.load(default_cascade(device) if cascade is None else cascade)
-        cascade.unknown_words("")  # a list of words that cannot be read, or no memory, is told before all is fetched
+        cascade.known_words()  # a list of words that cannot be read, or no memory, is told before all is fetched
         if memory is not None:
             placement.parse_memory(memory, placement.device_memory(device)[1])
         folders = hub.fetch(cascade, models=models, offline=offline, report=report)

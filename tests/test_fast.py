@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import cascade as benchmark
-from benchmarks import kernels, memory, page
+from benchmarks import kernels, memory, page, precision
 from benchmarks.models import load
 from show_1 import Cascade, Show1Error, Show1Pipeline, placement
 from show_1.errors import exit_code
@@ -413,3 +413,13 @@ def test_a_tier_is_measured_with_as_many_prompts_as_it_takes(monkeypatch, one_st
     row, videos = memory.measure(cascade, tier, torch.device("cpu"), random=False)
     assert videos.shape == (3, 3, 9, 14, 18) and row["peak_reserved_gb"] == 2
     assert (videos - videos[:1]).abs().max() < 1e-4
+
+
+def test_precision_is_told_video_by_video(tiny_cascade, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "found.json"
+    flags = ["--cascade", str(tiny_cascade), "--device", "cpu", "--videos", "2", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.precision", *flags])
+    assert precision.main() == 0
+    assert "a cat, seed 0: " in (printed := capsys.readouterr().out) and "bfloat16 against float32: " in printed
+    rows = json.loads(file.read_text())["videos"]
+    assert [row["seed"] for row in rows] == [0, 1] and all(5 < row["psnr_db"] < 100 for row in rows)

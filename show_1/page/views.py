@@ -99,8 +99,16 @@ def examples(cascade: Cascade) -> str:
     ]
     return (
         f'<div class="examples" role="group" aria-label="Examples">{"".join(buttons)}</div>'
-        f'<p class="note">{_text(cascade.about.note)}</p>'
+        f'<p class="note">{_text(cascade.about.note)}</p>{_known_words(cascade)}'
     )
+
+
+def _known_words(cascade: Cascade) -> str:
+    known = cascade.known_words()
+    if not known:
+        return ""
+    told = _text(", ".join(known))
+    return f'<details class="note"><summary>The {len(known)} words that it knows</summary>{told}</details>'
 
 
 def line(text: str) -> str:
