@@ -109,7 +109,7 @@ def _make(arguments: argparse.Namespace) -> None:
             offline=arguments.offline,
             report=bar,
         )
-    result = draw(pipeline.stream(prompts, seed=[seed] * len(prompts), path=outs))
+    *_, result = draw(pipeline.stream(prompts, seed=[seed] * len(prompts), path=outs))
     if arguments.save_stages is not None:
         _save_tensors(result.tensors, arguments.save_stages)
         print(f"Stages: {arguments.save_stages}")

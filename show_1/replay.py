@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from show_1 import video
 from show_1.cascade import STAGES, Cascade
@@ -19,14 +18,13 @@ from show_1.jobs import clip_frames
 from show_1.pipeline import (
     Clip,
     Show1Pipeline,
-    StepDone,
     Video,
     check_device,
     check_request,
     default_dtype,
     versions,
 )
-from show_1.terminal import DownloadBar
+from show_1.terminal import DownloadBar, draw
 
 MODEL = ("model", "revision", "variant")  # the keys of a table that say which weights it has
 
@@ -41,11 +39,10 @@ def read(file: str | Path) -> dict[str, Any]:
     return settings
 
 
-def here(cascade: Cascade, device: torch.device, pipeline: Show1Pipeline | None) -> dict[str, Any]:
-    """Return what a video made here would tell; without the pipeline, not which weights."""
+def here(device: torch.device, pipeline: Show1Pipeline | None) -> dict[str, Any]:
+    """Return what a video made here would tell beside its cascade; without the pipeline, not which weights."""
     dtype = pipeline.keyframes.unet.dtype if pipeline else default_dtype(device)
     return {
-        "cascade": cascade.settings(),
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "weights": pipeline.weights if pipeline else None,
@@ -126,22 +123,19 @@ def _replay(arguments: argparse.Namespace) -> int:
         apart = np.abs(before.astype(int) - after)
         count = int(apart.any(axis=(1, 2, 3)).sum())
         print(f"{count} of {len(after)} frames differ, by up to {apart.max()} of 255, {apart.mean():.2f} on average.")
-    for difference in differences(settings, here(cascade, device, pipeline), cascade):
+    for difference in differences(settings, here(device, pipeline), cascade):
         print(f"- {difference}")
     return 1
 
 
 def _frames(pipeline: Show1Pipeline, settings: dict[str, Any]) -> tuple[np.ndarray, int]:
     """Make the video, or the clip that it was stopped at."""
-    with tqdm(unit="step") as bar:
-        for event in pipeline.stream(settings["prompt"], seed=settings["seed"]):
-            match event:
-                case StepDone():
-                    bar.update()
-                case Clip(stage) if stage == settings.get("stopped_after"):
-                    return clip_frames(stage, event.frames, pipeline.cascade)
-                case Video(frames):
-                    return frames, pipeline.cascade.fps
+    for event in draw(pipeline.stream(settings["prompt"], seed=settings["seed"])):
+        match event:
+            case Clip(stage) if stage == settings.get("stopped_after"):
+                return clip_frames(stage, event.frames, pipeline.cascade)
+            case Video(frames):
+                return frames, pipeline.cascade.fps
 
 
 def _local(settings: dict[str, Any], wanted: str | None, file: Path) -> Cascade:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from show_1.hub import Progress
-from show_1.pipeline import Clip, Event, Notice, StageStart, StepDone, Video
+from show_1.pipeline import Clip, Event, Notice, StageStart, StepDone
 
 
 class DownloadBar:
@@ -40,8 +40,8 @@ class DownloadBar:
             self._bar = None  # what is found damaged then comes anew
 
 
-def draw(events: Iterator[Event]) -> Video:
-    """Draw a bar a stage, with steps and time left; return the result."""
+def draw(events: Iterator[Event]) -> Iterator[Event]:
+    """Draw a bar a stage, with steps and time left, and pass the events on."""
     with contextlib.ExitStack() as bars:  # a bar's line ends before anything is said of what broke it off
         for event in events:
             match event:
@@ -53,4 +53,4 @@ def draw(events: Iterator[Event]) -> Video:
                     bar.update()
                 case Clip():
                     bar.close()
-        return event
+            yield event

@@ -81,7 +81,7 @@ def test_what_cannot_be_made_again_is_told(made, tmp_path, capsys):
 
 def test_differences(pipeline, made):
     theirs, cascade = replay.read(made), pipeline.cascade
-    ours = replay.here(cascade, torch.device("cpu"), pipeline)
+    ours = replay.here(torch.device("cpu"), pipeline)
     assert replay.differences(theirs, ours, cascade) == []
     assert ours["weights"] == theirs["weights"]
     more = cascade.override(["keyframes.steps=9"])

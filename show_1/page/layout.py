@@ -87,7 +87,7 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
         except Show1Error as error:  # told here: an event that fails marks all that it was to fill in as failed
             return None, *[gr.skip()] * (3 + len(fields)), views.line(str(error))
         engine = jobs.engine_for(preset)
-        other = differences(settings, here(jobs.presets[preset], engine.device, engine.pipeline), kept)
+        other = differences(settings, here(engine.device, engine.pipeline), kept)
         if other:
             line = f"The settings are back. Other frames are to be expected here: {'; '.join(other)}."
         else:
