@@ -52,8 +52,8 @@ class Preparation:
 class Engine:
     """A cascade on a device. `pipeline` is None until its models are loaded; `preparation` until it is ready."""
 
-    def __init__(self, cascade: Cascade, device: torch.device, calibration: Path, **where: Any):
-        self.cascade, self.device, self.where = cascade, device, where
+    def __init__(self, cascade: Cascade, device: torch.device, calibration: Path, **options: Any):
+        self.cascade, self.device, self.options = cascade, device, options
         self.presets = presets(cascade)
         self.pipeline: Show1Pipeline | None = None
         self.preparation: Preparation | None = Preparation("loading", "Loading the models", time.monotonic())
@@ -64,10 +64,10 @@ class Engine:
         self._begin("loading", "Loading the models", None)
         try:
             self.pipeline = Show1Pipeline.from_cascade(
-                self.cascade, self.device, **self.where, report=self._on_fetch, on_load=self._on_load
+                self.cascade, self.device, **self.options, report=self._on_fetch, on_load=self._on_load
             )
         except Exception as error:
-            fault = told(error, "Loading the models")
+            fault = in_two_sentences(error, "Loading the models")
             log.error("%s", fault, exc_info=not isinstance(error, Show1Error))
             self._begin("failed", f"The models are not loaded. {fault}", None)
             raise
@@ -139,7 +139,7 @@ def presets(cascade: Cascade) -> dict[str, Cascade]:
     return found
 
 
-def told(error: Exception, what: str) -> str:
+def in_two_sentences(error: Exception, what: str) -> str:
     """Return a failure in two sentences."""
     if isinstance(error, Show1Error):
         return str(error)

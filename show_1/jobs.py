@@ -32,7 +32,7 @@ from PIL import Image
 
 from show_1 import video
 from show_1.cascade import MAX_PROMPT, STAGES, Cascade, leave_out_schedule
-from show_1.engine import Engine, told
+from show_1.engine import Engine, in_two_sentences
 from show_1.errors import Show1Error, memory_is_full
 from show_1.files import write_atomically, writing
 from show_1.pipeline import (
@@ -232,10 +232,10 @@ class Jobs:
             self._check_room()
             self._give_turn(job)
             try:
-                self.place(job).mkdir(parents=True)
+                self.folder_of(job).mkdir(parents=True)
                 self._save(job)
             except OSError as error:
-                shutil.rmtree(self.place(job), ignore_errors=True)
+                shutil.rmtree(self.folder_of(job), ignore_errors=True)
                 raise Show1Error(
                     f"The job cannot be kept in the output folder {self.folder}: {os.strerror(error.errno)}.",
                     "Free some space there, or start the page with another --output-dir.",
@@ -304,18 +304,18 @@ class Jobs:
 
     # --------------------------------------------------------------------------------------------- how a job is doing
 
-    def place(self, job: Job) -> Path:
+    def folder_of(self, job: Job) -> Path:
         """Return the job's own folder: all that is served of it is there."""
         return self.folder / "jobs" / job.id
 
     def result(self, job: Job) -> Path | None:
         """Return the finished video, in the job's folder, unless somebody has removed it since."""
         there = job.state in (DONE, STOPPED) and os.path.isfile(self.folder / job.file)  # false for any fault there
-        return self.place(job) / job.file if there and os.path.isfile(self.place(job) / job.file) else None
+        return self.folder_of(job) / job.file if there and os.path.isfile(self.folder_of(job) / job.file) else None
 
     def gif(self, job: Job) -> Path:
         """Return where the finished video's GIF is, or will be: a browser saves it by that name."""
-        return self.place(job) / Path(job.file).with_suffix(".gif")
+        return self.folder_of(job) / Path(job.file).with_suffix(".gif")
 
     def engine_for(self, preset: str) -> Engine:
         return self._line(preset).engine
@@ -328,7 +328,7 @@ class Jobs:
         running = line.running  # read once: it may end meanwhile
         return [*([running] if running else []), *waiting]
 
-    def wait(self, job: Job) -> float | None:
+    def seconds_until_start(self, job: Job) -> float | None:
         """Return the seconds until a waiting job begins, as far as that can be told."""
         return self._total(self._line(job.preset), self.ahead(job))
 
@@ -394,7 +394,7 @@ class Jobs:
         try:
             line.engine.load()
         except Exception as error:
-            return told(error, "Loading the models")
+            return in_two_sentences(error, "Loading the models")
         line.engine.try_out(lambda: bool(self._queue(line)), lambda: self._closing)
         return ""
 
@@ -429,7 +429,7 @@ class Jobs:
             else:
                 self._put_back(job)
         except Exception as error:
-            job.fault = told(error, "Making this video")
+            job.fault = in_two_sentences(error, "Making this video")
             log.error("A video failed: %s", job.fault, exc_info=not isinstance(error, Show1Error))
             self._end(job, FAILED, started)
             with suppress(Exception):  # a GPU that is broken says so here again, and the next job may be mini's
@@ -488,15 +488,16 @@ class Jobs:
         if job.state == CANCELLED:
             return
         try:
-            with writing(self.place(job)):
-                self.place(job).mkdir(parents=True, exist_ok=True)  # it may have been removed since
+            with writing(self.folder_of(job)):
+                self.folder_of(job).mkdir(parents=True, exist_ok=True)  # it may have been removed since
             if stage == "first_frame":
                 name = "first_frame.png"
-                with writing(self.place(job) / name):
-                    write_atomically(self.place(job) / name, _encoded(Image.fromarray(enlarge(frames)[0]), "PNG"))
+                with writing(self.folder_of(job) / name):
+                    write_atomically(self.folder_of(job) / name, _encoded(Image.fromarray(enlarge(frames)[0]), "PNG"))
             else:
                 name = f"{stage}.mp4"
-                video.write(self.place(job) / name, *clip_frames(stage, frames, job.cascade), {}, effort="ultrafast")
+                clip = clip_frames(stage, frames, job.cascade)
+                video.write(self.folder_of(job) / name, *clip, {}, effort="ultrafast")
             job.clips = job.clips | {stage: name}  # a new one: another thread may be writing the old one down
         except Show1Error as error:
             job.notices.append(f"The clip of {stage.replace('_', ' ')} could not be kept: {error}")
@@ -515,7 +516,7 @@ class Jobs:
 
     def _share_result(self, job: Job) -> None:
         """Put the result into the job's folder too: only that is served, whatever else the output folder holds."""
-        result, shared = self.folder / job.file, self.place(job) / job.file
+        result, shared = self.folder / job.file, self.folder_of(job) / job.file
         try:
             shared.parent.mkdir(parents=True, exist_ok=True)
             with suppress(OSError):  # not every file system can
@@ -545,7 +546,7 @@ class Jobs:
     def _after(self, job: Job) -> None:
         """Do what may follow the end: a GIF and a picture of the result, nothing left of a cancelled job."""
         if job.state == CANCELLED:
-            for file in self.place(job).glob("[!.]*"):
+            for file in self.folder_of(job).glob("[!.]*"):
                 if file.name != "job.json":
                     file.unlink(missing_ok=True)
             job.clips = {}
@@ -555,7 +556,7 @@ class Jobs:
                 apart = SEGMENT - 1  # of a video's 29 frames every fourth is a keyframe, and the clearer for it
                 poster = Image.fromarray(frames[len(frames) // 2 // apart * apart])
                 poster.thumbnail((480, 480))
-                write_atomically(self.place(job) / "poster.webp", _encoded(poster, "WEBP"))
+                write_atomically(self.folder_of(job) / "poster.webp", _encoded(poster, "WEBP"))
                 video.write_gif(self.gif(job), result)
         except (Show1Error, OSError) as error:
             log.warning("No GIF: %s", error)
@@ -618,17 +619,17 @@ class Jobs:
 
     def _save(self, job: Job) -> None:
         record = {key: getattr(job, key) for key in STORED}
-        write_atomically(self.place(job) / "job.json", json.dumps(record, indent=1).encode())
+        write_atomically(self.folder_of(job) / "job.json", json.dumps(record, indent=1).encode())
 
     def _save_safely(self, job: Job) -> None:
         try:
-            self.place(job).mkdir(parents=True, exist_ok=True)
+            self.folder_of(job).mkdir(parents=True, exist_ok=True)
             self._save(job)
         except OSError as error:
             log.warning("The job %s cannot be kept: %s", job.id, error)
             if job.state == CANCELLED:  # or the record as it was would bring it back
                 with suppress(OSError):
-                    (self.place(job) / "job.json").unlink()
+                    (self.folder_of(job) / "job.json").unlink()
 
     def _read(self) -> None:
         """Bring the jobs of former runs back, and take up again those that were waiting or at work."""

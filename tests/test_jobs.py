@@ -68,10 +68,10 @@ def test_a_job_leaves_a_video_clips_a_gif_and_a_record(jobs, tmp_path):
     assert job.settings == {key: value for key, value in settings.items() if key != "program"}
     assert list(job.clips) == list(STAGES[:-1])
     for stage, frames in (("keyframes", 3), ("interpolation", 9), ("pixel_upscale", 9)):
-        file = jobs.place(job) / job.clips[stage]
+        file = jobs.folder_of(job) / job.clips[stage]
         assert len(video.read_frames(file)) == frames
     until(jobs.gif(job).is_file)
-    assert (jobs.place(job) / "poster.webp").is_file()
+    assert (jobs.folder_of(job) / "poster.webp").is_file()
     assert jobs.gif(job).read_bytes().startswith(b"GIF8")
     until(lambda: not list(tmp_path.rglob("*.part")))  # the record is written once more at the end
 
@@ -84,7 +84,7 @@ def test_a_restart_brings_finished_jobs_back_and_takes_up_the_others(tiny_cascad
         waiting = before.submit("me", "a fox", 5, {"keyframes": {"steps": 2}}, "one-step")
         called = before.submit("program", "an owl", caller="198.51.100.7")
         until(lambda: running.step)
-    record = json.loads((before.place(done) / "job.json").read_text())
+    record = json.loads((before.folder_of(done) / "job.json").read_text())
     damaged = json.dumps(record | {"created": None}), json.dumps(record | {"file": None}), '{"id": "dam', "[" * 5000
     for number, text in enumerate(damaged):
         (tmp_path / "jobs" / f"damaged-{number}").mkdir()
@@ -111,12 +111,12 @@ def test_a_job_that_took_the_server_down_twice_is_not_taken_up_again(tiny_cascad
     with jobs_in(tmp_path, tiny_cascade) as jobs:
         job = jobs.submit("me", "a cat", None, LONG)
         until(lambda: job.step)
-        record = json.loads((jobs.place(job) / "job.json").read_text())
+        record = json.loads((jobs.folder_of(job) / "job.json").read_text())
         before = jobs.submit("me", "a dog")
         before.created = 0.0  # asked for longer ago, and yet behind
     for tries, state in ((1, WAITING), (2, FAILED)):
         assert record["state"] == RUNNING  # as a server that is killed leaves it
-        (jobs.place(job) / "job.json").write_text(json.dumps(record | {"tries": tries}))
+        (jobs.folder_of(job) / "job.json").write_text(json.dumps(record | {"tries": tries}))
         jobs._save(before)
         again = Jobs(Cascade.load(tiny_cascade), CPU, tmp_path, 12)
         after = again.get(job.id)
@@ -126,7 +126,7 @@ def test_a_job_that_took_the_server_down_twice_is_not_taken_up_again(tiny_cascad
 
 def test_what_is_broken_off_is_left_to_the_next_start_and_what_was_cancelled_is_not(tiny_cascade, tmp_path):
     def stored() -> dict:
-        return json.loads((jobs.place(job) / "job.json").read_text())
+        return json.loads((jobs.folder_of(job) / "job.json").read_text())
 
     for wish, patience, left in (("", 0, WAITING), ("cancel", 0, CANCELLED), ("cancel", PATIENCE, CANCELLED)):
         jobs = Jobs(Cascade.load(tiny_cascade), CPU, tmp_path, 12)
@@ -139,23 +139,23 @@ def test_what_is_broken_off_is_left_to_the_next_start_and_what_was_cancelled_is_
         assert (stored()["state"], stored()["tries"]) == (left, 0 if patience == 0 else 1)
         jobs.close(PATIENCE)  # a step that took longer than the patience ends nothing once more
         assert (stored()["state"], stored()["tries"]) == (left, 0 if patience == 0 else 1)
-        (jobs.place(job) / "job.json").unlink()
+        (jobs.folder_of(job) / "job.json").unlink()
 
 
 def test_a_start_clears_away_what_the_end_of_the_server_left_behind(one_step_cascade, tmp_path):
     with jobs_in(tmp_path, one_step_cascade) as before:
         job = before.submit("me", "a cat")
         until(lambda: job.ended and len(job.clips) == 4)
-    record = before.place(job) / "job.json"
+    record = before.folder_of(job) / "job.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"state": CANCELLED}))
-    (before.place(job) / ".show-1-half").mkdir()
-    (before.place(job) / ".show-1-half" / "video.gif").touch()
-    (before.place(job) / ".poster.webp.part").touch()
+    (before.folder_of(job) / ".show-1-half").mkdir()
+    (before.folder_of(job) / ".show-1-half" / "video.gif").touch()
+    (before.folder_of(job) / ".poster.webp.part").touch()
     for name, age in (("old", 7200), ("new", 60)):  # the new one may be the command line's
         (tmp_path / f".show-1-{name}").mkdir()
         os.utime(tmp_path / f".show-1-{name}", (time.time() - age,) * 2)
     after = Jobs(Cascade.load(one_step_cascade), CPU, tmp_path, 12)
-    until(lambda: [file.name for file in after.place(job).iterdir()] == ["job.json"])
+    until(lambda: [file.name for file in after.folder_of(job).iterdir()] == ["job.json"])
     until(lambda: after.get(job.id).clips == {})
     assert [file.name for file in tmp_path.glob(".*")] == [".show-1-new"]
 
@@ -163,11 +163,11 @@ def test_a_start_clears_away_what_the_end_of_the_server_left_behind(one_step_cas
 def test_a_preset_that_is_gone_is_told(tiny_cascade, tmp_path):
     jobs = Jobs(Cascade.load(tiny_cascade), CPU, tmp_path, 12)
     job = jobs.submit("me", "a cat")
-    record = json.loads((jobs.place(job) / "job.json").read_text())
-    (jobs.place(job) / "job.json").write_text(json.dumps(record | {"preset": "show-1"}))
+    record = json.loads((jobs.folder_of(job) / "job.json").read_text())
+    (jobs.folder_of(job) / "job.json").write_text(json.dumps(record | {"preset": "show-1"}))
     after = Jobs(Cascade.load(tiny_cascade), CPU, tmp_path, 12).get(job.id)
     assert (after.state, after.fault[:34]) == (FAILED, "There is no preset 'show-1' here. ")
-    assert json.loads((jobs.place(job) / "job.json").read_text())["state"] == WAITING  # for when it is here again
+    assert json.loads((jobs.folder_of(job) / "job.json").read_text())["state"] == WAITING  # for when it is here again
 
 
 def test_a_restart_in_mid_job_takes_nobodys_turn(tiny_cascade, tmp_path):
@@ -257,7 +257,7 @@ def test_cancel_ends_it_within_a_step_and_the_next_one_runs(jobs):
     until(lambda: second.step)
     assert first.state == CANCELLED and first.step <= step + 1
     assert jobs.result(first) is None
-    until(lambda: [file.name for file in jobs.place(first).iterdir()] == ["job.json"])  # that it was, no more
+    until(lambda: [file.name for file in jobs.folder_of(first).iterdir()] == ["job.json"])  # that it was, no more
     until(lambda: second.ended)
     assert second.state == DONE
 
@@ -291,7 +291,7 @@ def test_a_cancel_while_the_video_is_written_leaves_none(jobs, monkeypatch):
     job = jobs.submit("me", "a cat")
     until(lambda: job.ended)
     assert (job.state, job.settings, jobs.result(job)) == (CANCELLED, None, None)
-    until(lambda: [file.name for file in jobs.place(job).iterdir()] == ["job.json"])
+    until(lambda: [file.name for file in jobs.folder_of(job).iterdir()] == ["job.json"])
     assert list(jobs.folder.glob("*.mp4")) == []
 
 
@@ -402,7 +402,7 @@ def test_odd_prompts_are_kept_as_they_are(jobs):
         until(lambda job=job: job.ended)
         assert job.state == DONE, job.fault
         assert video.read_metadata(jobs.result(job))["prompt"] == prompt
-        assert (jobs.folder / job.file).parent == jobs.folder and jobs.result(job).parent == jobs.place(job)
+        assert (jobs.folder / job.file).parent == jobs.folder and jobs.result(job).parent == jobs.folder_of(job)
 
 
 def test_a_failure_in_a_stage_ends_its_job_and_not_the_queue(jobs, monkeypatch):
@@ -475,7 +475,7 @@ def test_a_full_disk_ends_a_job_with_a_sentence_and_leaves_nothing_half_written(
             while True:
                 ballast.write(bytes(4096))
         jobs.cancel("me", unwanted)
-        assert not (jobs.place(unwanted) / "job.json").exists()  # as it was, it would be made after a restart
+        assert not (jobs.folder_of(unwanted) / "job.json").exists()  # as it was, it would be made after a restart
         until(lambda: job.ended)
         assert job.state == FAILED and "No space left on device. Free some space there" in job.fault
         assert any("first_frame.png cannot be written" in notice for notice in job.notices), job.notices

@@ -105,7 +105,7 @@ def add_endpoint(jobs: Jobs) -> None:
         visitor, job = secrets.token_urlsafe(24), None
         assistant = request.headers.get("x-assistant")
         try:
-            with form.told(escaped=False):
+            with form.errors_as_toasts(escaped=False):
                 asked = prompt, form.seed(seed), settings, None if preset == "" else preset
                 made = asyncio.ensure_future(
                     asyncio.to_thread(jobs.submit, visitor, *asked, caller=request.client.host)

@@ -97,14 +97,14 @@ def short(text: str, length: int) -> str:
 
 
 @contextmanager
-def told(escaped: bool = True) -> Iterator[None]:
+def errors_as_toasts(escaped: bool = True) -> Iterator[None]:
     """Turn what goes wrong into a sentence; never a stack trace. The page shows it as HTML, and so it is `escaped`."""
     try:
         yield
     except Exception as error:
         if not isinstance(error, Show1Error):
             log.exception("a request failed")
-        message = engine.told(error, "That")
+        message = engine.in_two_sentences(error, "That")
         message = html.escape(message, quote=False) if escaped else message
         raise gr.Error(message, duration=None, print_exception=False) from error
 

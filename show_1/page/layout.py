@@ -43,35 +43,35 @@ def build(jobs: Jobs, notes: list[str]) -> gr.Blocks:
     default = names[0][1]
 
     def submit(id: str, visitor: str, prompt: str, seed: str, preset: str, *advanced: str) -> str:
-        with form.told():
+        with form.errors_as_toasts():
             return jobs.submit(visitor, prompt or "", form.seed(seed), form.changes(advanced), preset).id
 
     def again(id: str, visitor: str) -> str:
-        with form.told():
+        with form.errors_as_toasts():
             job = _known(jobs, id)
             return jobs.submit(visitor, job.prompt, None, job.changes, job.preset).id
 
     def again_with(id: str, visitor: str, preset: str) -> str:
-        with form.told():
+        with form.errors_as_toasts():
             job = _known(jobs, id)
             return jobs.submit(visitor, job.prompt, job.seed, None, preset).id
 
     def cancel(id: str, visitor: str) -> None:
-        with form.told():
+        with form.errors_as_toasts():
             jobs.cancel(visitor, _known(jobs, id))
 
     def stop(id: str, visitor: str) -> None:
-        with form.told():
+        with form.errors_as_toasts():
             jobs.stop(visitor, _known(jobs, id))
 
     def reuse(id: str):
-        with form.told():
+        with form.errors_as_toasts():
             job = _known(jobs, id)
             preset = job.preset if job.preset in jobs.presets else default
             return job.prompt, str(job.seed), preset, *form.texts(job.changes)
 
     def reuse_seed(id: str):
-        with form.told():
+        with form.errors_as_toasts():
             return str(_known(jobs, id).seed)
 
     def choose(preset: str):

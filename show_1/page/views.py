@@ -177,7 +177,7 @@ def _progress(jobs: Jobs, job: Job | None) -> str:
     share, left = jobs.share(job), jobs.left(job)
     detail = "The time left is not known yet" if left is None else f"About {duration(left)} left"
     if job.state == WAITING and jobs.ahead(job):
-        wait = jobs.wait(job)
+        wait = jobs.seconds_until_start(job)
         detail = "It begins after those before it" if wait is None else f"Begins in about {duration(wait)}"
         if left is not None:
             detail += f", done in about {duration(left)}"
@@ -239,7 +239,7 @@ def _clips(jobs: Jobs, job: Job | None) -> str:
         return ""
     figures = []
     for stage, name in job.clips.items():
-        url, stage = _url(jobs.place(job) / name), words(stage)
+        url, stage = _url(jobs.folder_of(job) / name), words(stage)
         still = f'<img src="{url}" alt="{stage}">'
         # They play when they are pointed at: drawing them all would take time from the video itself.
         clip = f'<video src="{url}" preload="auto" controls loop muted playsinline aria-label="{stage}"></video>'
@@ -264,7 +264,7 @@ def _gallery(jobs: Jobs, visitor: str, id: str) -> str:
         result = jobs.result(job)
         if not result and job.ended and job.state != FAILED:  # why it failed is told there
             continue
-        poster = jobs.place(job) / "poster.webp"
+        poster = jobs.folder_of(job) / "poster.webp"
         inside = f'<span class="badge">{BADGES.get(job.state, "waiting")}</span>'
         if result:
             picture = f'src="{_url(poster)}"' if os.path.isfile(poster) else ""
