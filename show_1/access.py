@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from json import JSONDecodeError
 from typing import TypeVar
 
 from httpx2 import RequestError, TimeoutException, UnsupportedProtocol
@@ -153,7 +154,7 @@ def explain(error: Exception, what: str, repository: str = "", *, reads_gated: b
             "--cascade mini.",
         )
     # JSON that is none, or of another kind:
-    if status is None and isinstance(error, ValueError | KeyError | TypeError | AttributeError):
+    if isinstance(error, JSONDecodeError | UnicodeDecodeError | KeyError | TypeError | AttributeError):
         return Show1Error(
             f"The hub's answer about {what} cannot be understood.",
             "A proxy or a log-in page may stand in between: open a page of the hub in a browser, and try again.",
@@ -204,13 +205,9 @@ def _shown(seconds: int | None) -> str:
 
 
 def kept_token() -> str | None:
-    """Return the token that huggingface_hub keeps, or None; raise Show1Error where its file cannot be read.
-
-    Or where the token could not be sent: what complains of that shows it.
-    """
+    """Return the token that huggingface_hub keeps, or None; raise Show1Error where its file cannot be read."""
     try:
-        token = get_token()
-        return token if token is None or re.fullmatch("[!-~]+", token) else check_form(token)
+        return get_token()
     except (OSError, UnicodeDecodeError) as error:
         raise Show1Error(
             f"The token cannot be read from {constants.HF_TOKEN_PATH}: {first_line(error)}.",

@@ -18,6 +18,7 @@ from show_1.errors import Show1Error, exit_code
 from show_1.files import writing
 from show_1.pipeline import (
     MAX_SEED,
+    Clip,
     Show1Pipeline,
     check_device,
     check_request,
@@ -109,7 +110,11 @@ def _make(arguments: argparse.Namespace) -> None:
             offline=arguments.offline,
             report=bar,
         )
-    *_, result = draw(pipeline.stream(prompts, seed=[seed] * len(prompts), path=outs))
+    for result in draw(
+        pipeline.stream(prompts, seed=[seed] * len(prompts), path=outs)
+    ):  # all at once would be too much
+        if isinstance(result, Clip) and not arguments.out:
+            OUTPUTS.mkdir(parents=True, exist_ok=True)  # another run that failed may have taken it away
     if arguments.save_stages is not None:
         _save_tensors(result.tensors, arguments.save_stages)
         print(f"Stages: {arguments.save_stages}")
@@ -142,7 +147,8 @@ def _folder(path: Path) -> Iterator[None]:
 def _free_name(prompt: str, seed: int, taken: Sequence[Path]) -> Path:
     stem = f"{slug(prompt)}-{seed}"
     names = (f"{stem}{suffix}.mp4" for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
-    return next(OUTPUTS / name for name in names if not (OUTPUTS / name).exists() and OUTPUTS / name not in taken)
+    with writing(OUTPUTS):
+        return next(OUTPUTS / name for name in names if not (OUTPUTS / name).exists() and OUTPUTS / name not in taken)
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path, only_try: bool = False) -> None:

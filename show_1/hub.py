@@ -30,7 +30,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, hf_raise_for_status
 
-from show_1.access import PATIENCE, explain, in_background, in_time, kept_token, retry_after
+from show_1.access import PATIENCE, check_form, explain, in_background, in_time, kept_token, retry_after
 from show_1.cascade import Cascade
 from show_1.errors import Show1Error
 from show_1.files import write_atomically
@@ -205,7 +205,7 @@ def find(
         check_complete(source, table, weights)
         return Model(table, source, _size(source, table, weights))
     what, folder = f"the model {source} of [{table}]", cascade.file.parent / source
-    if folder.parent.is_dir():  # it may have been meant
+    if os.path.isdir(folder.parent):  # it may have been meant
         what += f" (there is no folder {folder})"
     here = _fetched_before(source, revision, table, weights)
     read_only = os.path.isdir(constants.HF_HUB_CACHE) and not os.access(constants.HF_HUB_CACHE, os.W_OK)
@@ -219,7 +219,9 @@ def find(
             "Leave that out once, with a connection, to fetch it, or choose a cascade that is here: --cascade mini.",
         )
     try:
-        kept_token()  # which the question to the hub takes with it
+        token = kept_token()  # which the question to the hub takes with it
+        if token and not re.fullmatch("[!-~]+", token):  # what complains of one that cannot be sent shows it
+            check_form(token)
         return _at_hub(source, revision, table, weights, patient and not here)
     except Exception as error:
         if here:  # the hub is out of reach, or refuses

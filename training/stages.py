@@ -546,8 +546,8 @@ class Upscale:
 
 
 def _redrawn(device: torch.device, interpolated: bool = True) -> Redrawn:
-    needed(MINI / TEXT_ENCODER, "text")
-    _start_from(models.video_unet("keyframes"), needed(MINI / "show-1-base" / "unet", "keyframes"))  # as `Upscale`'s
+    reader(CPU)  # what does not fit is told here, as `Upscale` does
+    _start_from(models.video_unet("keyframes"), needed(MINI / "show-1-base" / "unet", "keyframes"))
     if interpolated:
         _start_from(models.video_unet("interpolation"), needed(MINI / "show-1-interpolation" / "unet", "interpolation"))
     dtype = torch.bfloat16 if native_bfloat16(device) else torch.float32

@@ -105,7 +105,7 @@ def run(name: str, minutes: float, seed: int, device: torch.device, rank: int = 
         done = seconds >= minutes * 60
         if rank == 0 and (now - saved > SAVED_APART or done):
             entry = {"loss": round(torch.stack(losses).mean().item(), 5)}
-            if not math.isfinite(entry["loss"]):
+            if not (math.isfinite(entry["loss"]) and all(parameter.isfinite().all() for parameter in parameters)):
                 raise Show1Error(
                     f"The training of {name} has come to no number; what was saved last is as it was.",
                     "Start again, with a lower --rate.",

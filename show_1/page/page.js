@@ -1,7 +1,7 @@
 // What the page does in the browser itself. The address says which job it shows: ?job=…
 
 const show1 = {
-    working: new Set(),  // the jobs that the page saw waiting or at work
+    working: new Set(),  // the jobs that the page last saw waiting or at work
 
     job: () => new URLSearchParams(location.search).get('job') || '',
 
@@ -164,11 +164,10 @@ const show1 = {
         const shown = show1.job(), others = [...document.querySelectorAll('#gallery li')].filter(({ id }) => id !== shown);
         const text = status.querySelector('[role=status]').textContent + '\n' + title;
         const jobs = [{ id: shown, state, text }, ...others.map(({ id, dataset }) => ({ id, ...dataset }))];
-        for (const { id, state, text } of jobs) {
-            if (['running', 'waiting'].includes(state)) show1.working.add(id);
-            else if (show1.working.delete(id) && state !== 'cancelled' && window.Notification?.permission === 'granted')
-                show1.notify(text, id);
-        }
+        const before = show1.working, allowed = window.Notification?.permission === 'granted';
+        show1.working = new Set(jobs.filter(({ state }) => ['running', 'waiting'].includes(state)).map(({ id }) => id));
+        for (const { id, state, text } of jobs)
+            if (allowed && before.has(id) && ['done', 'stopped', 'failed'].includes(state)) show1.notify(text, id);
     },
 
     // Logins end with the server that they were for.
