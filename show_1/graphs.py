@@ -7,6 +7,7 @@ launches up to 2,600 kernels.
 
 import functools
 import logging
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class Graphed:
 
     failed = False  # of the class: what one could not, the others will not be able to either
     everyone: ClassVar["weakref.WeakSet[Graphed]"] = weakref.WeakSet()
+    replaying = threading.RLock()  # of all: they share their memory
 
     def __init__(self, module: nn.Module):
         Graphed.everyone.add(self)
@@ -49,12 +51,20 @@ class Graphed:
         self.addresses: list[int] = []  # of the weights, when what there is was recorded
         self.recordings: dict[tuple, Recording | None] = {}  # None: seen once, which has warmed the libraries up
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"recordings": {}, "addresses": []}  # a copy records anew
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():  # a replay leaves nothing to go back through
+        # A replay leaves nothing to go back through, and what autocast makes of the weights ends with it.
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
             return self.forward(*args, **kwargs)
+        with Graphed.replaying:
+            return self._replayed(*args, **kwargs)
+
+    def _replayed(self, *args: Any, **kwargs: Any) -> Any:
         inputs = (args, kwargs)
         kind = tuple((tuple(x.shape), x.dtype, x.device) if _is_tensor(x) else x for x in tree_leaves(inputs))
-        kind += tuple(kwargs)
+        kind += (*kwargs, torch.is_inference_mode_enabled())
         if Graphed.failed:
             self.recordings.clear()  # their memory may be what was missing
         if Graphed.failed or kind in self.too_large:

@@ -57,7 +57,7 @@ class Repository:
         weights = hub.weights_in(self.folder, self.table, component, self.variant)
         dtype_name = "dtype" if issubclass(model_class, (T5EncoderModel, CLIPTextModel)) else "torch_dtype"
         try:
-            with placement.BUILDING, _quiet():
+            with _quiet():
                 model, info = model_class.from_pretrained(
                     self.folder / component,
                     variant=weights.variant,
@@ -285,11 +285,14 @@ def _fault(file: Path) -> Exception | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries' bars and their advice to developers from people who asked for a video."""
+    """Keep the libraries' bars and their advice to developers from people who asked for a video.
+
+    One loads at a time: what a second one found, it would leave behind.
+    """
     loggers = [logging.getLogger(library) for library in ("diffusers", "transformers")]
-    levels = [logger.level for logger in loggers]
-    bars = [each for each in (diffusers_logging, transformers_logging) if each.is_progress_bar_enabled()]
-    with warnings.catch_warnings():
+    with placement.BUILDING, warnings.catch_warnings():
+        levels = [logger.level for logger in loggers]
+        bars = [each for each in (diffusers_logging, transformers_logging) if each.is_progress_bar_enabled()]
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)

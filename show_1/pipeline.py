@@ -258,6 +258,8 @@ class Show1Pipeline:
                             f"The {stage.replace('_', ' ')} of {faults[0][:60]!r} came to values that are no numbers.",
                             "Fetch its model anew, or compute in bfloat16 or float32, where large numbers have room.",
                         ) from None
+                    # Nothing, but where somebody has had the stage's models offloaded.
+                    getattr(self, "pixel_upscale" if stage == "first_frame" else stage).maybe_free_model_hooks()
                     yield Clip(stage, end.value)
                     return end.value
                 if isinstance(step, Step):
@@ -478,6 +480,7 @@ def _requests(
     prompts = listed(prompt) if isinstance(prompt, Iterable) else [prompt]  # what is neither is refused below
     if not prompts:
         raise Show1Error("There is no prompt.", "Give one, or a list of at least one.")
+    seed = seed.tolist() if isinstance(seed, np.ndarray) else seed
     seeds = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed] * len(prompts)
     seeds = [draw_seed() if one is None else int(one) if isinstance(one, np.integer) else one for one in seeds]
     several = isinstance(path, Iterable) and not isinstance(path, str | Path)

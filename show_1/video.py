@@ -57,13 +57,13 @@ def write(path: str | Path, frames: np.ndarray, fps: int, metadata: dict[str, An
 
     Raises Show1Error for an odd height or width, a folder that is missing, full or not writable, and if ffmpeg fails;
     and where `path` can no longer be written, but its folder can, as the video then has another name there. ValueError
-    for frames that are none, or not uint8.
+    for frames that are none, not uint8 or not RGB.
     """
     path = Path(path)
-    count, height, width, _ = frames.shape
-    if frames.dtype != np.uint8 or not count:
+    count, height, width, channels = frames.shape
+    if frames.dtype != np.uint8 or not count or channels != 3:
         # ffmpeg takes any bytes for a picture, and none at all for a video.
-        raise ValueError(f"frames must be one or more of uint8, not {count} of {frames.dtype}")
+        raise ValueError(f"frames must be one or more of uint8 in RGB, not {count} of {channels} {frames.dtype}")
     if height % 2 or width % 2:
         raise Show1Error(
             f"Frames of height {height} and width {width} cannot be stored in {path.name}: H.264 needs even sizes.",
@@ -125,14 +125,15 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 def read_frames(path: str | Path) -> np.ndarray:
     """Return a video's frames, (frames, height, width, 3) uint8; raises Show1Error if it is damaged or no MP4."""
-    reader = imageio_ffmpeg.read_frames(f"file:{Path(path).absolute()}", pix_fmt="rgb24")
-    try:
-        width, height = next(reader)["size"]
-        return np.stack([np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in reader])
-    except (OSError, RuntimeError, ValueError, StopIteration):
-        raise Show1Error(
-            f"{Path(path).name} is damaged, or is no MP4 video.", "Choose a video that Show-1 made."
-        ) from None
+    # As one PPM after the other, which tell their size.
+    source = ("-f", "mp4", "-i", f"file:{Path(path).absolute()}")
+    read = _run_ffmpeg(*source, "-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "pipe:1")
+    size = re.match(rb"P6\n(\d+) (\d+)\n255\n", read.stdout)
+    if read.returncode or not size:
+        raise Show1Error(f"{Path(path).name} is damaged, or is no MP4 video.", "Choose a video that Show-1 made.")
+    width, height = int(size[1]), int(size[2])
+    pictures = np.frombuffer(read.stdout, np.uint8).reshape(-1, size.end() + height * width * 3)
+    return pictures[:, size.end() :].reshape(-1, height, width, 3)
 
 
 def write_gif(path: str | Path, source: str | Path) -> None:
@@ -205,7 +206,7 @@ def _check_made(ended: subprocess.CompletedProcess, path: Path) -> None:
 def _to_tags(metadata: dict[str, Any]) -> str:
     """Return ffmpeg's text form of tags (https://ffmpeg.org/ffmpeg-formats.html#Metadata)."""
     tags = {"comment": json.dumps(metadata | {"program": PROGRAM})}
-    if "prompt" in metadata:
+    if isinstance(metadata.get("prompt"), str):
         # A title is one line, of what can be seen. The prompt as it was typed is in the comment.
         words = " ".join(metadata["prompt"].split())
         tags["title"] = "".join(character for character in words if character.isprintable())

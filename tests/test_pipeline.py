@@ -8,7 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+)
 from diffusers.configuration_utils import FrozenDict
 from safetensors.torch import load_file
 
@@ -17,7 +23,7 @@ from show_1 import Cascade, Show1Error, Show1Pipeline, video
 from show_1.models import UNet3DConditionModel, channels_last
 from show_1.pipeline import MAX_SEED, Clip, Notice, Pause, StageStart, StepDone, Video, _requests, draw_seed
 from show_1.stages import InterpolationPipeline
-from show_1.stages.denoise import finish, try_steps, unfold
+from show_1.stages.denoise import finish, last_timesteps, try_steps, unfold
 from show_1.text import TextEmbeddings, dropped_words
 from tests import tiny
 
@@ -235,6 +241,22 @@ def test_each_prompt_without_a_seed_gets_one_of_its_own():
     alike = _requests(["a cat", "a cat"], None, None)
     assert alike[0].seed != alike[1].seed
     assert [request.seed for request in _requests(["a cat", "a dog"], np.int64(3), None)] == [3, 3]
+    assert [request.seed for request in _requests(["a cat", "a dog"], np.array([3, 4]), None)] == [3, 4]
+
+
+def test_a_stage_takes_numpys_seeds_and_any_slicing_of_attention(pipeline):
+    text, settings = pipeline.keyframes.encode("a cat"), pipeline.cascade.stream_settings("keyframes")
+    clip = pipeline.keyframes(text, **settings, seed=3)
+    pipeline.keyframes.enable_attention_slicing()
+    assert torch.equal(pipeline.keyframes(text, **settings, seed=np.int64(3)), clip)
+
+
+def test_a_scheduler_of_second_order_begins_at_the_first_of_a_pair():
+    scheduler = HeunDiscreteScheduler.from_config(DDPMScheduler().config)
+    scheduler.set_timesteps(10)
+    assert last_timesteps(scheduler, 4).tolist() == scheduler.timesteps[12:].tolist()
+    assert scheduler.sigmas[12] > scheduler.sigmas[13]  # a step that moves
+    assert last_timesteps(scheduler, 10).tolist() == scheduler.timesteps.tolist()
 
 
 def test_prompts_without_seeds_for_all_are_refused(pipeline):

@@ -64,6 +64,13 @@ def test_the_index_comes_before_the_frames(tmp_path):
     assert atoms.index(b"moov") < atoms.index(b"mdat")
 
 
+@pytest.mark.parametrize("prompt", ["No such file or directory", None, ["a cat", "a dog"]])
+def test_frames_are_read_whatever_the_settings_say(tmp_path, prompt):
+    video.write(tmp_path / "video.mp4", FRAMES, 8, {"prompt": prompt})
+    assert video.read_frames(tmp_path / "video.mp4").shape == FRAMES.shape
+    assert video.read_metadata(tmp_path / "video.mp4")["prompt"] == prompt
+
+
 def test_same_input_same_bytes(tmp_path):
     frames = np.random.default_rng(1).integers(0, 256, (12, 64, 96, 3), dtype=np.uint8)
     for name in ("one.mp4", "two.mp4"):
@@ -185,7 +192,9 @@ def test_odd_sizes(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("frames", [FRAMES[:0], FRAMES.astype(np.float32)], ids=["none", "float"])
+@pytest.mark.parametrize(
+    "frames", [FRAMES[:0], FRAMES.astype(np.float32), FRAMES[..., [0, 1, 2, 2]]], ids=["none", "float", "RGBA"]
+)
 def test_what_is_no_video_is_not_written(tmp_path, frames):
     with pytest.raises(ValueError, match="uint8"):
         video.write(tmp_path / "video.mp4", frames, 8, {})

@@ -187,6 +187,9 @@ class UNet3DConditionModel(UNet2DConditionModel):
                 raise ValueError(f"{fault.replace('_', ' ')} in the weights: {', '.join(map(str, info[fault]))}")
         return model
 
+    def set_attention_slice(self, slice_size: str | int | list[int] | None) -> None:
+        """Do nothing: PyTorch's attention takes little memory, and diffusers' own processors want a text a frame."""
+
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
         # diffusers reads the configuration's fields off the constructor; ours takes those of the 2D model as they are.

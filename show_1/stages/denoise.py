@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
 from diffusers.pipelines.deepfloyd_if import timesteps as deepfloyd_if
@@ -55,7 +56,9 @@ class Stage(DiffusionPipeline):
 
     def __call__(self, *args, **kwargs) -> torch.Tensor:
         """Run `stream` to its end and return its clip."""
-        return finish(self.stream(*args, **kwargs))
+        clip = finish(self.stream(*args, **kwargs))
+        self.maybe_free_model_hooks()
+        return clip
 
     def noise(
         self, shape: tuple[int, ...], generators: list[torch.Generator], shared: float = 0.0, frames: int = 1
@@ -86,7 +89,8 @@ def share_noise(own: torch.Tensor, common: torch.Tensor, share: float) -> torch.
 
 def seeded(seed: int | Sequence[int]) -> list[torch.Generator]:
     """Return a fresh generator for each seed."""
-    return [torch.Generator().manual_seed(one) for one in ([seed] if isinstance(seed, int) else seed)]
+    seeds = [seed] if isinstance(seed, int | np.integer) else seed
+    return [torch.Generator().manual_seed(int(one)) for one in seeds]
 
 
 def finish(stream: Generator[Step | Pause, None, torch.Tensor]) -> torch.Tensor:
@@ -122,7 +126,7 @@ def try_steps(
     whole video would fail in that way.
     """
     scheduler = prepare(scheduler, steps, torch.device("cpu"), schedule)
-    timesteps, trained = scheduler.timesteps[-last:], scheduler.config.num_train_timesteps
+    timesteps, trained = last_timesteps(scheduler, last), scheduler.config.num_train_timesteps
     if not 0 <= timesteps.min() <= timesteps.max() < trained:
         raise ValueError(f"its timesteps are not all of the {trained} that the model was trained for")
     text = TextEmbeddings(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))
@@ -135,6 +139,11 @@ def try_steps(
     sample = finish(denoise(unet, scheduler, image, text, 1.0, timesteps=timesteps, generators=seeded(0)))
     if not sample.isfinite().all():
         raise ValueError("it divides by zero, as where two steps begin with the same noise")
+
+
+def last_timesteps(scheduler: SchedulerMixin, steps: int) -> torch.Tensor:
+    """Return the timesteps of so many last steps: one each, of second order (Heun's) two each but for the last."""
+    return scheduler.timesteps[-(scheduler.order * (steps - 1) + 1) :]
 
 
 def begin(scheduler: SchedulerMixin, timesteps: torch.Tensor) -> None:

@@ -10,7 +10,19 @@ from PIL import Image
 from transformers import CLIPTextModel, PreTrainedTokenizerBase
 
 from show_1.models import UNet3DConditionModel
-from show_1.stages.denoise import Pause, Stage, Step, begin, denoise, finish, fold, prepare, seeded, unfold
+from show_1.stages.denoise import (
+    Pause,
+    Stage,
+    Step,
+    begin,
+    denoise,
+    finish,
+    fold,
+    last_timesteps,
+    prepare,
+    seeded,
+    unfold,
+)
 from show_1.text import TextEmbeddings, encode_clip
 from show_1.video import from_uint8, to_uint8
 
@@ -63,7 +75,7 @@ class LatentUpscalePipeline(Stage):
         common: 0 for the released model.
         """
         scheduler = prepare(self.scheduler, steps, self._execution_device)
-        timesteps = scheduler.timesteps[-int(steps * strength) :]
+        timesteps = last_timesteps(scheduler, int(steps * strength))
         begin(scheduler, timesteps)  # `add_noise`, too
         generators, noisy = seeded(seed), []
         for one, generator in zip(clip, generators, strict=True):
