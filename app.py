@@ -25,10 +25,10 @@ import gradio as gr
 from gradio import networking
 
 from show_1 import Cascade, Show1Error
+from show_1.device import check_device, default_cascade
 from show_1.errors import exit_code, first_line
 from show_1.jobs import Jobs
 from show_1.page import STYLE, build
-from show_1.pipeline import check_device, default_cascade
 from show_1.placement import device_memory, keep_freed_memory, parse_memory
 from show_1.video import check_writable
 

@@ -30,9 +30,9 @@ from benchmarks.figures import write_figures
 from benchmarks.ways import STAGES, Original, Ours, made_up_clips
 from show_1 import Cascade, Show1Error, hub, placement
 from show_1.command_line import DTYPES
+from show_1.device import check_device, default_cascade, default_dtype
 from show_1.errors import exit_code, memory_is_full, telling_full_memory
 from show_1.files import check_outputs
-from show_1.pipeline import check_device, default_cascade, default_dtype
 from show_1.timing import wait_for
 
 MEASURES = ("steps", "guidance_interval", "reuse")  # of a fast cascade; steps take their schedule along

@@ -18,9 +18,9 @@ from benchmarks.cascade import Clock, distance, in_few_steps, keeping
 from benchmarks.figures import write_figures
 from benchmarks.ways import STAGES, Ours
 from show_1 import Cascade, Show1Error, placement
+from show_1.device import check_device, default_dtype
 from show_1.errors import exit_code
 from show_1.files import check_outputs
-from show_1.pipeline import check_device, default_dtype
 
 
 def measure(cascade: Cascade, tier: placement.Tier, device: torch.device, random: bool) -> tuple[dict, torch.Tensor]:

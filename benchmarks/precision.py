@@ -14,9 +14,9 @@ from tqdm import tqdm
 from benchmarks.cascade import distance
 from benchmarks.figures import write_figures
 from show_1 import Cascade, Show1Error, Show1Pipeline
+from show_1.device import check_device, default_cascade
 from show_1.errors import exit_code
 from show_1.files import check_outputs
-from show_1.pipeline import check_device, default_cascade
 
 PROMPTS = ("a cat", "a dog on the grass")  # of a cascade that gives no examples
 

@@ -14,17 +14,10 @@ from safetensors.torch import save_file
 
 from show_1 import hosts
 from show_1.cascade import Cascade
+from show_1.device import check_device, default_cascade
 from show_1.errors import Show1Error, exit_code
 from show_1.files import writing
-from show_1.pipeline import (
-    MAX_SEED,
-    Clip,
-    Show1Pipeline,
-    check_device,
-    check_request,
-    default_cascade,
-    draw_seed,
-)
+from show_1.pipeline import MAX_SEED, Clip, Show1Pipeline, check_request, draw_seed
 from show_1.terminal import DownloadBar, draw
 from show_1.video import slug
 

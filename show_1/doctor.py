@@ -158,8 +158,8 @@ def _device(placement: ModuleType, cascade: Cascade, weights: int | None) -> Fin
     """What the models, of so many bytes in half precision, will run on, and how they will share its memory."""
     import torch
 
+    from show_1.device import default_dtype
     from show_1.models import cpu_kernels
-    from show_1.pipeline import default_dtype
 
     if torch.cuda.is_available():
         weights = weights or placement.SHOW_1

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from show_1.cascade import BUNDLED, Cascade
+from show_1.device import default_dtype
 from show_1.errors import Show1Error
 from show_1.hub import Progress
-from show_1.pipeline import Show1Pipeline, default_dtype
+from show_1.pipeline import Show1Pipeline
 from show_1.timing import LOADING_SPEED, Calibration, device_name, rehearse
 
 PATIENCE = 10.0  # seconds that a visitor who waits already gives to the trying out

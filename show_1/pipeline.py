@@ -1,7 +1,6 @@
 """Prompt in, video out: the chain of stages, told as it happens."""
 
 import itertools
-import math
 import os
 import platform
 import secrets
@@ -19,10 +18,11 @@ import transformers
 from accelerate.hooks import UserCpuOffloadHook
 
 import show_1
-from show_1 import hub, loading, placement, video
+from show_1 import checks, hub, loading, placement, video
 from show_1.cascade import Cascade, is_text
-from show_1.errors import Show1Error, first_line, telling_full_memory
-from show_1.models import frame_multiple, try_kernels
+from show_1.device import check_device, check_dtype, default_cascade, default_dtype
+from show_1.errors import Show1Error, telling_full_memory
+from show_1.models import try_kernels
 from show_1.stages import (
     InterpolationPipeline,
     KeyframesPipeline,
@@ -32,16 +32,8 @@ from show_1.stages import (
     Step,
     window_starts,
 )
-from show_1.stages.denoise import try_steps
-from show_1.text import TOKENS, dropped_words, listed
+from show_1.text import dropped_words, listed
 
-# What may condition a UNet besides its time, by the keys of its configuration: all that the stages can give.
-GIVEN = {
-    "class_embed_type": (None, "timestep"),
-    "num_class_embeds": (None,),
-    "addition_embed_type": (None, "text"),
-    "encoder_hid_dim_type": (None, "text_proj"),
-}
 MAX_SEED = 2**53 - 1  # the largest whole number that JSON and browsers keep exactly
 
 
@@ -126,9 +118,9 @@ class Show1Pipeline:
         self.weights: str | None = None  # their `fingerprint`, where `from_cascade` has loaded them
         self.prompts_at_once = 1
         self.offload_hooks: list[UserCpuOffloadHook] = []  # of the models that are on the device only while they work
-        self._check_models()
-        self._check_schedulers()
-        self._check_sizes()
+        checks.check_models(self)
+        checks.check_schedulers(self)
+        checks.check_sizes(self)
 
     @classmethod
     def from_cascade(
@@ -145,18 +137,19 @@ class Show1Pipeline:
     ) -> "Show1Pipeline":
         """Load a cascade: a bundled name, a TOML file, or one read already; what is not here is fetched from the hub.
 
-        By default that is `show-1` on the CUDA device where there is one, else `mini` on the CPU; see `default_dtype`.
-        `dtype` is that of all models and their noise (`placement.dtype_of` tells an exception; the first frame's steps
-        draw in float32). What sits on the device follows from its free memory, or from `memory` ("12GB"). `models`,
-        `offline` and `report` are those of `hub.fetch`: a folder to take the models from, no network, and what to call
-        with the fetching's Progress. `on_load` is called once, when all is here and the loading begins, with the bytes
-        of the weights. On a CPU the whole process keeps freed memory from then on, see `placement.keep_freed_memory`.
+        By default that is `show-1` on the CUDA device where there is one, else `mini` on the CPU. `dtype`, by default
+        `device.default_dtype`'s, is that of all models and their noise (`placement.dtype_of` tells an exception; the
+        first frame's steps draw in float32). What sits on the device follows from its free memory, or from `memory`
+        ("12GB"). `models`, `offline` and `report` are those of `hub.fetch`: a folder to take the models from, no
+        network, and what to call with the fetching's Progress. `on_load` is called once, when all is here and the
+        loading begins, with the bytes of the weights. On a CPU the whole process keeps freed memory from then on, see
+        `placement.keep_freed_memory`.
 
         Raises Show1Error for a cascade, model, device, dtype or memory that will not do.
         """
         device = check_device(device)
         dtype = default_dtype(device) if dtype is None else dtype
-        _check_dtype(device, dtype)
+        check_dtype(device, dtype)
         if models is not None and not isinstance(models, str | Path):
             raise Show1Error(f"The folder of models cannot be {models!r}.", "Give its name, as a text or a Path.")
         cascade = name_or_file
@@ -349,110 +342,6 @@ class Show1Pipeline:
             "versions": versions(self.keyframes._execution_device, self.keyframes.unet.dtype),
         }
 
-    def _check_models(self) -> None:
-        """Refuse a model in the table of another one before it fails in the middle of a video."""
-        latents = self.latent_upscale.vae.config.latent_channels
-        t5, clip = self.keyframes.text_encoder.config.d_model, self.latent_upscale.text_encoder.config.hidden_size
-        for table, unet, *gives in (
-            ("keyframes", self.keyframes.unet, 3, t5, False),
-            ("interpolation", self.interpolation.unet, 7, t5, False),  # with the keyframes, and where they are
-            ("first_frame", self.pixel_upscale.first_frame_unet, 6, t5, True),  # with what is to be enlarged
-            ("pixel_upscale", self.pixel_upscale.unet, 6, t5, True),
-            ("latent_upscale", self.latent_upscale.unet, latents, clip, False),
-        ):
-            text = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
-            text = text[0] if isinstance(text, list | tuple) and len(set(text)) == 1 else text
-            takes = [unet.config.in_channels, text, unet.config.class_embed_type is not None]
-            if takes != gives:
-                raise Show1Error(
-                    f"{self.cascade.file}, table [{table}]: the UNet of {getattr(self.cascade, table).model} takes "
-                    f"{_inputs(*takes)}, and this stage has {_inputs(*gives)}.",
-                    "Name the model that was made for this stage.",
-                )
-            for key, given in GIVEN.items():
-                if (value := unet.config.get(key)) not in given:
-                    raise Show1Error(
-                        f"{self.cascade.file}, table [{table}]: the UNet of {getattr(self.cascade, table).model} has "
-                        f"{key} = {value!r}, for which this stage has nothing to give.",
-                        "Name the model that was made for this stage.",
-                    )
-            channels = latents if table == "latent_upscale" else 3
-            if unet.config.out_channels < channels:
-                raise Show1Error(
-                    f"{self.cascade.file}, table [{table}]: the UNet of {getattr(self.cascade, table).model} gives "
-                    f"{unet.config.out_channels} channels, and this stage needs {channels}.",
-                    "Name the model that was made for this stage.",
-                )
-        for table, stage in (("keyframes", self.keyframes), ("latent_upscale", self.latent_upscale)):
-            config = stage.text_encoder.config
-            # T5's hundred sentinels, which no prompt has, may be beyond what a small encoder knows.
-            tokens = sum(not token.startswith("<extra_id_") for token in stage.tokenizer.get_vocab())
-            places = getattr(config, "max_position_embeddings", TOKENS)  # T5 counts none
-            if config.vocab_size < tokens or places < TOKENS:
-                raise Show1Error(
-                    f"{self.cascade.file}, table [{table}]: the text encoder of {getattr(self.cascade, table).model} "
-                    f"knows {config.vocab_size} tokens and reads {places} at once, and is given {TOKENS} of {tokens}.",
-                    "Take the folders text_encoder and tokenizer from the model that was made for this stage.",
-                )
-
-    def _check_schedulers(self) -> None:
-        """Refuse steps and noise levels that would fail, or give no numbers, in the middle of a video."""
-        upscale, latents = self.pixel_upscale, self.latent_upscale.vae.config.latent_channels
-        for table, scheduler, unet, channels in (
-            ("keyframes", self.keyframes.scheduler, self.keyframes.unet, 3),
-            ("interpolation", self.interpolation.scheduler, self.interpolation.unet, 3),
-            ("first_frame", upscale.first_frame_scheduler, upscale.first_frame_unet, 3),
-            ("pixel_upscale", upscale.scheduler, upscale.unet, 3),
-            ("latent_upscale", self.latent_upscale.scheduler, self.latent_upscale.unet, latents),
-        ):
-            settings, steps = getattr(self.cascade, table), getattr(self.cascade, table).steps
-            try:
-                schedule, last = getattr(settings, "schedule", None), int(steps * getattr(settings, "strength", 1))
-                try_steps(scheduler, steps, last, schedule, channels, unet.config.out_channels)
-            except Exception as error:  # whatever a scheduler raises for values that are none
-                raise Show1Error(
-                    f"{self.cascade.file}, table [{table}]: the scheduler of {settings.model} fails at steps = "
-                    f"{steps}: {first_line(error)}.",
-                    "Give fewer steps, no schedule, or another scheduler_config.json.",
-                ) from error
-        for table, scheduler in (
-            ("first_frame", upscale.first_frame_image_noising_scheduler),
-            ("pixel_upscale", upscale.image_noising_scheduler),
-        ):
-            level, trained = getattr(self.cascade, table).noise_level, scheduler.config.num_train_timesteps
-            if level >= trained:
-                raise Show1Error(
-                    f"{self.cascade.file}, table [{table}]: noise_level = {level} is beyond the {trained} levels "
-                    "of its image_noising_scheduler.",
-                    f"Give a whole number from 0 to {trained - 1}.",
-                )
-            try:
-                nothing = torch.zeros(1, 3, 1, 1)
-                scheduler.add_noise(nothing, nothing, torch.tensor([level]))
-            except Exception as error:  # as above
-                raise Show1Error(
-                    f"{self.cascade.file}, table [{table}]: the image_noising_scheduler fails at noise_level = "
-                    f"{level}: {first_line(error)}.",
-                    "Take its scheduler_config.json from the model's repository again.",
-                ) from error
-
-    def _check_sizes(self) -> None:
-        small = math.lcm(frame_multiple(self.keyframes.unet), frame_multiple(self.interpolation.unet))
-        large = math.lcm(frame_multiple(self.pixel_upscale.first_frame_unet), frame_multiple(self.pixel_upscale.unet))
-        latent = 2 ** (len(self.latent_upscale.vae.config.block_out_channels) - 1)
-        multiples = {
-            "keyframes": math.lcm(small, large // math.gcd(large, 4)),  # the pixel upscale's frames are 4 times as high
-            "latent_upscale": math.lcm(latent * frame_multiple(self.latent_upscale.unet), 2),
-        }
-        for table, multiple in multiples.items():
-            for key in ("height", "width"):
-                size = getattr(getattr(self.cascade, table), key)
-                if size % multiple:
-                    raise Show1Error(
-                        f"{self.cascade.file}, table [{table}]: {key} = {size} does not suit these models.",
-                        f"Give a multiple of {multiple}, as {max(round(size / multiple), 1) * multiple}.",
-                    )
-
 
 @dataclass(frozen=True)
 class Request:
@@ -466,10 +355,6 @@ class Request:
 def _alone(batch: torch.Tensor, row: int) -> torch.Tensor:
     """Return a row of a batch, (1, …), on the CPU and in memory of its own."""
     return batch[row : row + 1].to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def _inputs(channels: int, text: int, noise_level: bool) -> str:
-    return f"{channels} channels, text {text} wide, and {'a' if noise_level else 'no'} noise level"
 
 
 def _requests(
@@ -533,54 +418,3 @@ def versions(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 def draw_seed() -> int:
     """Return a random seed, short enough to be read out."""
     return secrets.randbelow(2**31)
-
-
-def default_cascade(device: torch.device) -> str:
-    """Return the bundled cascade that suits a device."""
-    return "show-1" if device.type == "cuda" else "mini"
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """Return float16 for a CUDA device, bfloat16 for a CPU that multiplies in it (AMX, AVX-512), else float32."""
-    if device.type == "cuda":
-        return torch.float16
-    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return torch.bfloat16 if able.get("amx_bf16") or able.get("avx512_bf16") else torch.float32
-
-
-def check_device(device: str | torch.device | None) -> torch.device:
-    """Return the device, by default the CUDA device where there is one; raise Show1Error if it is not here."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(device)
-        with telling_full_memory("Starting on the device"):
-            torch.zeros(1, device=device).item()  # of the device "meta" there is nothing to read
-    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
-        raise Show1Error(
-            f"There is no device {str(device)!r} here: {first_line(error)}.",
-            "Leave the device out to use what there is, or say cpu.",
-        ) from None
-    return device
-
-
-def _check_dtype(device: torch.device, dtype: torch.dtype) -> None:
-    """Try what the models do in this dtype; not every processor can in half precision."""
-    if not isinstance(dtype, torch.dtype):
-        raise Show1Error(f"The dtype cannot be {dtype!r}.", "Give one of torch's, as torch.float32.")
-    try:
-        with placement.BUILDING, telling_full_memory("Starting on the device"):
-            x = torch.ones(1, 32, 4, 4, dtype=dtype, device=device)
-            torch.nn.GroupNorm(4, 32, device=device, dtype=dtype)(x)
-            torch.nn.Conv2d(32, 32, 3, device=device, dtype=dtype)(x)
-            torch.nn.Conv3d(32, 32, (3, 1, 1), device=device, dtype=dtype)(x[:, :, :, None])
-            tokens = x.flatten(2).transpose(1, 2)
-            torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
-            torch.nn.functional.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=True)
-            torch.nn.functional.interpolate(x[:, :, None], scale_factor=2.0, mode="trilinear", align_corners=True)
-            torch.randn(4, dtype=dtype)
-    except (RuntimeError, TypeError) as error:
-        raise Show1Error(
-            f"This {device.type} device cannot compute in {str(dtype).removeprefix('torch.')}: {first_line(error)}.",
-            "Choose another dtype, as float32.",
-        ) from None

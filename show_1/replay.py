@@ -13,17 +13,10 @@ import torch
 
 from show_1 import video
 from show_1.cascade import STAGES, Cascade
+from show_1.device import check_device, default_dtype
 from show_1.errors import Show1Error, exit_code
 from show_1.jobs import clip_frames
-from show_1.pipeline import (
-    Clip,
-    Show1Pipeline,
-    Video,
-    check_device,
-    check_request,
-    default_dtype,
-    versions,
-)
+from show_1.pipeline import Clip, Show1Pipeline, Video, check_request, versions
 from show_1.terminal import DownloadBar, draw
 
 MODEL = ("model", "revision", "variant")  # the keys of a table that say which weights it has

@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from benchmarks.figures import write_figures
 from show_1 import Show1Error, Show1Pipeline
+from show_1.device import check_device
 from show_1.errors import exit_code
 from show_1.files import check_outputs, write_atomically, writing
-from show_1.pipeline import check_device
 from show_1.stages.denoise import finish
 from training import judge, models, world
 from training.batches import FULL, MEDIUM, SMALL, bicubic, degrade

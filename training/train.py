@@ -34,11 +34,11 @@ from PIL import Image
 from torch import distributed, multiprocessing, nn
 from torch.utils.data import DataLoader
 
+from show_1.device import check_device
 from show_1.errors import Show1Error, exit_code, first_line
 from show_1.files import write_atomically
 from show_1.models import channels_last
 from show_1.models.attention import TextAttention
-from show_1.pipeline import check_device
 from show_1.stages.denoise import fold
 from training import models, stages, world
 from training.batches import Batches, painted_on
