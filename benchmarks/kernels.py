@@ -134,8 +134,8 @@ def _run() -> None:
                     "On a CPU, name a C++ compiler that works in CXX; on a GPU, see whether its driver suits torch.",
                 ) from error
             theirs = milliseconds(their_call, device)
-            rows = f"ours {ours:.3f} ms, torch {theirs:.3f} ms, {theirs / ours:.1f} times as fast"
-            print(f"{what} {dtype}: {rows}", flush=True)  # `timeout` may end it
+            row = f"ours {ours:.3f} ms, torch {theirs:.3f} ms, {theirs / ours:.1f} times as fast"
+            print(f"{what} {dtype}: {row}", flush=True)  # `timeout` may end it
 
 
 if __name__ == "__main__":
