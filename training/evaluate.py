@@ -146,10 +146,11 @@ def follow_pairs(pool: Executor, count: int) -> float:
     return round(sum(right) / count, 4)
 
 
-def keyframes_of_guidance(pool: Executor, scale: float, count: int = 66, two: int = 24) -> dict:
+def keyframes_of_guidance(pool: Executor, scale: float, count: int = 264, two: int = 24) -> dict:
     """Judge keyframes of a guidance scale alone, which takes a fraction of a video's time.
 
-    So many of one object, each keyframe also by itself ("still"), and of two ("pair").
+    So many of one object, each keyframe also by itself ("still"), and of two ("pair"). They are many, as little is
+    lost without guidance.
     """
     chosen, tally, both = combinations(count), Tally(), pairs(two)
     prompts = [world.plain_caption(*words) for words in (*chosen, *both)]
@@ -257,7 +258,7 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=250, help="how many of one object each: five an object")
     parser.add_argument("--pairs", type=int, default=24, help="how many, of two objects each")
     parser.add_argument("--stages", type=int, default=12, help="how many true clips the stages are measured on")
-    told = 'scales to judge keyframes of 90 prompts with, beside the cascade\'s own; "" for none'
+    told = 'scales to judge keyframes of 288 prompts with, beside the cascade\'s own; "" for none'
     parser.add_argument("--guidance", type=scales, default="1", metavar="A,B", help=told)
     parser.add_argument("--cascade", default="mini", metavar="NAME|FILE")
     parser.add_argument("--device", help="default: cuda where there is one")
