@@ -25,7 +25,7 @@ import gradio as gr
 from gradio import networking
 
 from show_1 import Cascade, Show1Error
-from show_1.device import check_device, default_cascade
+from show_1.device import check_device, load_cascade
 from show_1.errors import exit_code, first_line
 from show_1.jobs import Jobs
 from show_1.page import STYLE, build
@@ -76,7 +76,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         keep_freed_memory()  # before there are the threads that make videos
     if arguments.memory is not None:
         parse_memory(arguments.memory, device_memory(device)[1])
-    cascade = Cascade.load(default_cascade(device) if arguments.cascade is None else arguments.cascade)
+    cascade = load_cascade(arguments.cascade, device)
     outputs = Path(os.path.realpath(arguments.output_dir))  # where resolve() would raise for a link to itself
     try:
         outputs.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from benchmarks.cascade import distance
 from benchmarks.figures import write_figures
-from show_1 import Cascade, Show1Error, Show1Pipeline
-from show_1.device import check_device, default_cascade
+from show_1 import Show1Error, Show1Pipeline
+from show_1.device import check_device, load_cascade
 from show_1.errors import exit_code
 from show_1.files import check_outputs
 
@@ -36,7 +36,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise Show1Error(f"There cannot be {arguments.videos} videos.", "Give --videos a number from 1 on.")
     check_outputs(arguments.json)
     device = check_device(arguments.device)
-    cascade = Cascade.load(default_cascade(device) if arguments.cascade is None else arguments.cascade)
+    cascade = load_cascade(arguments.cascade, device)
     prompts = cascade.about.examples if cascade.about and cascade.about.examples else PROMPTS
     asked = [(prompts[seed % len(prompts)], seed) for seed in range(arguments.videos)]
 

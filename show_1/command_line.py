@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from show_1 import hosts
 from show_1.cascade import Cascade
-from show_1.device import check_device, default_cascade
+from show_1.device import check_device, load_cascade
 from show_1.errors import Show1Error, exit_code
 from show_1.files import writing
 from show_1.pipeline import MAX_SEED, Clip, Show1Pipeline, check_request, draw_seed
@@ -69,8 +69,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _make(arguments: argparse.Namespace) -> None:
     seed = draw_seed() if arguments.seed is None else _whole_number(arguments.seed)
     device = check_device(arguments.device)
-    cascade = Cascade.load(default_cascade(device) if arguments.cascade is None else arguments.cascade)
-    cascade = cascade.override(arguments.set)
+    cascade = load_cascade(arguments.cascade, device).override(arguments.set)
     prompts = [arguments.prompt, *arguments.also]
     if arguments.also and (arguments.out or arguments.save_stages):
         raise Show1Error(
@@ -103,9 +102,8 @@ def _make(arguments: argparse.Namespace) -> None:
             offline=arguments.offline,
             report=bar,
         )
-    for result in draw(
-        pipeline.stream(prompts, seed=[seed] * len(prompts), path=outs)
-    ):  # all at once would be too much
+    # One event at a time: all the steps' tensors at once would be too much for the device.
+    for result in draw(pipeline.stream(prompts, seed=[seed] * len(prompts), path=outs)):
         if isinstance(result, Clip) and not arguments.out:
             OUTPUTS.mkdir(parents=True, exist_ok=True)  # another run that failed may have taken it away
     if arguments.save_stages is not None:

@@ -1,14 +1,22 @@
-"""What computes: the device, the dtype that suits it, and the cascade."""
+"""What computes: the device, and the dtype and cascade that suit it."""
+
+from pathlib import Path
 
 import torch
 
 from show_1 import placement
+from show_1.cascade import Cascade
 from show_1.errors import Show1Error, first_line, telling_full_memory
 
 
 def default_cascade(device: torch.device) -> str:
     """Return the bundled cascade that suits a device."""
     return "show-1" if device.type == "cuda" else "mini"
+
+
+def load_cascade(name_or_file: str | Path | None, device: torch.device) -> Cascade:
+    """Return a cascade, by default the bundled one that suits the device; raise Show1Error as `Cascade.load` does."""
+    return Cascade.load(default_cascade(device) if name_or_file is None else name_or_file)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -20,7 +20,7 @@ from accelerate.hooks import UserCpuOffloadHook
 import show_1
 from show_1 import checks, hub, loading, placement, video
 from show_1.cascade import Cascade, is_text
-from show_1.device import check_device, check_dtype, default_cascade, default_dtype
+from show_1.device import check_device, check_dtype, default_dtype, load_cascade
 from show_1.errors import Show1Error, telling_full_memory
 from show_1.models import try_kernels
 from show_1.stages import (
@@ -154,7 +154,7 @@ class Show1Pipeline:
             raise Show1Error(f"The folder of models cannot be {models!r}.", "Give its name, as a text or a Path.")
         cascade = name_or_file
         if not isinstance(cascade, Cascade):
-            cascade = Cascade.load(default_cascade(device) if cascade is None else cascade)
+            cascade = load_cascade(cascade, device)
         cascade.known_words()  # a list of words that cannot be read, or no memory, is told before all is fetched
         if memory is not None:
             placement.parse_memory(memory, placement.device_memory(device)[1])

@@ -127,7 +127,7 @@ def read_frames(path: str | Path) -> np.ndarray:
     """Return a video's frames, (frames, height, width, 3) uint8; raises Show1Error if it is damaged or no MP4."""
     # As one PPM after the other, which tell their size.
     source = ("-f", "mp4", "-i", f"file:{Path(path).absolute()}")
-    read = _run_ffmpeg(*source, "-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "pipe:1")
+    read = _run_ffmpeg(*source, "-f", "image2pipe", "-c:v", "ppm", "pipe:1")
     size = re.match(rb"P6\n(\d+) (\d+)\n255\n", read.stdout)
     if read.returncode or not size:
         raise Show1Error(f"{Path(path).name} is damaged, or is no MP4 video.", "Choose a video that Show-1 made.")

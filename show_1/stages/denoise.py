@@ -56,9 +56,7 @@ class Stage(DiffusionPipeline):
 
     def __call__(self, *args, **kwargs) -> torch.Tensor:
         """Run `stream` to its end and return its clip."""
-        clip = finish(self.stream(*args, **kwargs))
-        self.maybe_free_model_hooks()
-        return clip
+        return finish(self.stream(*args, **kwargs))
 
     def noise(
         self, shape: tuple[int, ...], generators: list[torch.Generator], shared: float = 0.0, frames: int = 1
